@@ -1,0 +1,1 @@
+"""Decoders, adapters, and their files. The only place that imports Flax."""
