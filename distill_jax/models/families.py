@@ -1,11 +1,12 @@
 """Hugging Face's config.json <-> `ModelSpec`, for every supported family.
 
-Reading accepts the fields of transformers 5 (`rope_parameters`, `layer_types`) and those of older files (`rope_theta`,
-`rope_scaling`, `rope_local_base_freq`, `sliding_window_pattern`). A field whose value would change the computation and that
-the decoder does not implement is an error that names it: a model must never load and then be quietly wrong.
+Reading accepts the fields of transformers 5 (`rope_parameters`, `layer_types`) and those of older files
+(`rope_theta`, `rope_scaling`, `rope_local_base_freq`, `sliding_window_pattern`). A field whose value would
+change the computation and that the decoder does not implement is an error that names it: a model must never
+load and then be quietly wrong.
 
-Sources: the configuration classes of transformers 5.24; Llama 3 herd of models, arXiv 2407.21783; Mistral 7B, 2310.06825;
-Qwen2, 2407.10671; Qwen3, 2505.09388; Gemma 2, 2408.00118; Gemma 3, 2503.19786.
+Sources: the configuration classes of transformers 5.24; Llama 3 herd of models, arXiv 2407.21783; Mistral 7B,
+2310.06825; Qwen2, 2407.10671; Qwen3, 2505.09388; Gemma 2, 2408.00118; Gemma 3, 2503.19786.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Family:
 
     architecture, model_type: how config.json names it, also when we write one.
     traits: fields of `ModelSpec` that are fixed for the family.
-    defaults: what transformers fills in; published files leave out fields that equal them (Gemma 3 4B omits its
-      vocabulary and its numbers of heads).
+    defaults: what transformers fills in; published files leave out fields that equal them (Gemma 3 4B omits
+      its vocabulary and its numbers of heads).
     """
 
     architecture: str
@@ -48,7 +49,12 @@ _GEMMA_DEFAULTS = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-_QWEN_DEFAULTS = {"max_position_embeddings": 32768, "use_sliding_window": False, "max_window_layers": 28}
+_QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", "llama", {}, {"max_position_embeddings": 2048}),
@@ -117,7 +123,8 @@ def family_of(config: Mapping[str, Any]) -> str:
     if not architectures and model_type in _MODEL_TYPES:
         return _MODEL_TYPES[str(model_type)]
     raise ValueError(
-        f"config.json: architecture {architectures or model_type!r} is not supported; supported are {sorted(_ARCHITECTURES)}"
+        f"config.json: architecture {architectures or model_type!r} is not supported; "
+        f"supported are {sorted(_ARCHITECTURES)}"
     )
 
 
@@ -125,7 +132,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     """`ModelSpec` of a config.json (for Gemma 3 with images: of its `text_config`).
 
     Raises:
-      ValueError: unsupported architecture, a missing field, or a value that the decoder does not implement; names it.
+      ValueError: unsupported architecture, a missing field, or a value that the decoder does not implement;
+        names it.
     """
     name = family_of(config)
     family = FAMILIES[name]
@@ -192,11 +200,12 @@ def _refuse_unsupported(name: str, fields: Mapping[str, Any]) -> None:
 
 
 def _activation(name: str, fields: Mapping[str, Any]) -> str:
-    """Gemma's `hidden_activation` wins over its `hidden_act`, which in old files names a function that was never used."""
+    """Gemma's `hidden_activation` wins over `hidden_act`, which in old files names a function never used."""
     given = fields.get("hidden_activation") or fields.get("hidden_act", "silu")
     if given not in _ACTIVATIONS:
         raise ValueError(
-            f"config.json of a {name} model: activation {given!r} is not supported; expected one of {sorted(_ACTIVATIONS)}"
+            f"config.json of a {name} model: activation {given!r} is not supported; "
+            f"expected one of {sorted(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[given]
 
@@ -234,11 +243,13 @@ def _windows(name: str, fields: Mapping[str, Any], n_layers: int) -> tuple[int |
 def _rope(name: str, fields: Mapping[str, Any]) -> tuple[float, float | None, RopeScaling | None]:
     """(base of global layers, base of local layers or None = the same, scaling of global layers)."""
     theta = float(fields.get("rope_theta", 10000.0))
-    local_theta = _optional_float(fields.get("rope_local_base_freq"))
+    local_theta = _optional_float(fields.get("rope_local_base_freq") if name == "gemma3" else None)
     everywhere = dict(fields.get("rope_parameters") or {})
     by_layer_type = {kind: everywhere.pop(kind) or {} for kind in (GLOBAL, LOCAL) if kind in everywhere}
     if everywhere and by_layer_type:
-        raise ValueError(f"config.json of a {name} model: rope_parameters mixes layer types with {sorted(everywhere)}")
+        raise ValueError(
+            f"config.json of a {name} model: rope_parameters mixes layer types with {sorted(everywhere)}"
+        )
     if everywhere and name == "gemma3":
         raise ValueError(f"config.json of a gemma3 model: rope_parameters must name {GLOBAL!r} and {LOCAL!r}")
     rope = dict(fields.get("rope_scaling") or by_layer_type.get(GLOBAL) or everywhere)
@@ -248,7 +259,9 @@ def _rope(name: str, fields: Mapping[str, Any]) -> tuple[float, float | None, Ro
         local_theta = float(local.get("rope_theta", theta if local_theta is None else local_theta))
         kind = local.get("rope_type", local.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"config.json of a {name} model: rope type {kind!r} on {LOCAL} layers is not supported")
+            raise ValueError(
+                f"config.json of a {name} model: rope type {kind!r} on {LOCAL} layers is not supported"
+            )
     return theta, local_theta, _rope_scaling(name, rope, fields)
 
 
@@ -286,7 +299,9 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
       ValueError: the spec has a feature that its family's architecture cannot express; names the fields.
     """
     if spec.family not in FAMILIES:
-        raise ValueError(f"family {spec.family!r} has no Hugging Face architecture; expected one of {sorted(FAMILIES)}")
+        raise ValueError(
+            f"family {spec.family!r} has no Hugging Face architecture; expected one of {sorted(FAMILIES)}"
+        )
     family = FAMILIES[spec.family]
     activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[spec.activation]
     config: dict[str, Any] = {
@@ -308,14 +323,16 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     is_gemma = spec.family.startswith("gemma")
     config["hidden_activation" if is_gemma else "hidden_act"] = activation
     if is_gemma:
-        # The exact inverse of spec_from_config's square root wherever the scalar is a whole number, as it always was.
-        scalar = spec.head_dim if spec.query_scale is None else round(spec.query_scale**-2, 6)
-        config["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
+        # A whole number in every release (and by transformers' types); any other scale is found out below.
+        config["query_pre_attn_scalar"] = (
+            spec.head_dim if spec.query_scale is None else round(spec.query_scale**-2)
+        )
         config["attn_logit_softcapping"] = spec.attn_logit_softcap
         config["final_logit_softcapping"] = spec.final_logit_softcap
     config |= _window_fields(spec)
-    if spec.rope_theta_local is not None:
-        config["rope_local_base_freq"] = spec.rope_theta_local
+    canonical = _canonical(spec)
+    if spec.family == "gemma3" and canonical.rope_theta_local is not None:
+        config["rope_local_base_freq"] = canonical.rope_theta_local
     if spec.rope_scaling is not None:
         scaling: dict[str, Any] = {"rope_type": spec.rope_scaling.kind, "factor": spec.rope_scaling.factor}
         if spec.rope_scaling.kind == "llama3":
@@ -323,15 +340,24 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
             scaling["high_freq_factor"] = spec.rope_scaling.high_freq_factor
             scaling["original_max_position_embeddings"] = spec.rope_scaling.original_context
         config["rope_scaling"] = scaling
-    read_back = spec_from_config(config)
+    read_back = _canonical(spec_from_config(config))
     lost = [
-        f"{field.name} = {getattr(spec, field.name)!r} (the architecture computes {getattr(read_back, field.name)!r})"
+        f"{field.name} = {ours!r} (the architecture computes {theirs!r})"
         for field in dataclasses.fields(ModelSpec)
-        if getattr(spec, field.name) != getattr(read_back, field.name)
+        if (ours := getattr(canonical, field.name)) != (theirs := getattr(read_back, field.name))
     ]
     if lost:
         raise ValueError(f"a {family.architecture} cannot have {'; '.join(lost)}")
     return config
+
+
+def _canonical(spec: ModelSpec) -> ModelSpec:
+    """One of the specs that compute the same: settings of local layers only where there are any, and spelled out."""
+    if not any(spec.layer_is_local):
+        return dataclasses.replace(spec, layer_is_local=(), sliding_window=None, rope_theta_local=None)
+    if spec.rope_theta_local is None and spec.rope_scaling is None:
+        return dataclasses.replace(spec, rope_theta_local=spec.rope_theta)
+    return spec
 
 
 def _window_fields(spec: ModelSpec) -> dict[str, Any]:

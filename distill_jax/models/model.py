@@ -1,0 +1,217 @@
+"""`Model`: a decoder with its weights and its tokenizer; loading from and saving to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax.masked import length_mask
+from distill_jax.mesh import place_batch
+from distill_jax.models import hf_io
+from distill_jax.models.adapter import AdapterConfig, adapter_scale
+from distill_jax.models.decoder import Decoder, Params, apply, unembed
+from distill_jax.models.families import config_from_spec, spec_from_config
+from distill_jax.models.gguf_file import read_gguf
+from distill_jax.models.gguf_io import gguf_spec, read_gguf_params
+from distill_jax.models.packages import PACKAGE_MODELS, find_package_model
+from distill_jax.models.spec import ModelSpec
+from distill_jax.text.tokenizers import TokenIds, Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder, its weights, and the tokenizer of its vocabulary.
+
+    spec: the model in numbers. params: see `decoder`. tokenizer: None for weights that came without one.
+    module: what `decoder.apply` takes. mesh: where the weights lie, None for one device.
+    """
+
+    spec: ModelSpec
+    params: Params
+    tokenizer: Tokenizer | None
+    module: Decoder
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.spec.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, but the model's embedding only "
+                f"{self.spec.vocab_size}; they do not belong together"
+            )
+
+    def logits(
+        self,
+        tokens: Any,
+        lengths: Any = None,
+        adapter: Params | None = None,
+        scale: float | jax.Array = 1.0,
+        adapter_config: AdapterConfig | None = None,
+    ) -> jax.Array:
+        """Logits of every position; for small inputs: [B, T, V] is stored.
+
+        Args:
+          tokens: i32[B, T], or a list of B `TokenIds` of one length.
+          lengths: i32[B], how many tokens of each row are real; all by default. Later positions hold no
+            meaning.
+          adapter: low-rank adapter tree, multiplied by `scale`.
+          scale: the dial s with `adapter_config` (s * alpha / rank is applied); without it, the whole
+            multiplier.
+
+        Returns:
+          f32[B, T, V]; `logits[b, t]` predicts token t + 1.
+
+        Raises:
+          ValueError: another rank, ids outside the vocabulary or of another one, lengths outside 1..T.
+        """
+        for row in tokens:
+            if isinstance(row, TokenIds) and self.tokenizer is not None:
+                self.tokenizer.check(row)
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"tokens must be integers of shape [B, T], got {ids.dtype} of shape {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.spec.vocab_size:
+            raise ValueError(
+                f"token ids must lie in 0..{self.spec.vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}"
+            )
+        rows, width = ids.shape
+        real = np.full(rows, width) if lengths is None else np.asarray(lengths)
+        if real.shape != (rows,) or real.min() < 1 or real.max() > width:
+            raise ValueError(f"lengths must be {rows} numbers in 1..{width}, got {real.tolist()}")
+        batch = (ids.astype(np.int32), real.astype(np.int32))
+        if self.mesh is not None:
+            batch = place_batch(batch, self.mesh)
+        return _logits(self.module, self.params, *batch, adapter, multiplier(scale, adapter_config))
+
+
+def multiplier(scale: float | jax.Array, config: AdapterConfig | None) -> float | jax.Array:
+    """What A B is multiplied by: scale * alpha / rank with a config, else `scale` itself."""
+    return scale if config is None else adapter_scale(config, scale)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    module: Decoder,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    adapter: Params | None,
+    scale: jax.Array,
+) -> jax.Array:
+    rows, width = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (rows, width))
+    valid = length_mask(lengths, width)
+    hidden, _ = apply(module, params, tokens, positions, valid, adapter=adapter, scale=scale)
+    return unembed(module, params, hidden, adapter=adapter, scale=scale)
+
+
+def load_model(
+    path_or_name: str | Path,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    tokenizer: Tokenizer | None = None,
+) -> Model:
+    """Loads a model from disk; nothing is fetched from a network.
+
+    Args:
+      path_or_name: a Hugging Face folder (config.json and safetensors, also sharded; `save_model` writes such
+        a folder), a .gguf file, or the name of a demo model in an installed package: "smollm2-135m",
+        "gemma3-270m".
+      mesh: where the weights are put, each by its logical axes; None is the default device.
+      dtype: of the weights and of the computation: "float32", "bfloat16" or "float16".
+      tokenizer: used instead of the one that lies beside the weights.
+
+    Raises:
+      FileNotFoundError: no such file, folder or installed package; says what to install.
+      ValueError: an unsupported architecture or setting; truncated, pickled, missing or unexpected weights; a
+        tokenizer with more tokens than the embedding has rows. `mesh.ShardingError`: the mesh does not divide
+          a dimension.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    path = Path(path_or_name).expanduser()
+    if not path.exists():
+        if str(path_or_name) not in PACKAGE_MODELS:
+            raise FileNotFoundError(
+                f"no model at {path_or_name!r}: expected a Hugging Face folder, a .gguf file, or one of the names "
+                f"{sorted(PACKAGE_MODELS)}"
+            )
+        path = find_package_model(str(path_or_name))
+    if path.is_dir():
+        spec = spec_from_config(hf_io.read_json(path / "config.json"))
+        module = Decoder(spec, mesh, dtype, param_dtype=dtype)
+        params = hf_io.read_hf_params(path, module)
+        if tokenizer is None and any((path / name).is_file() for name in _TOKENIZER_FILES):
+            tokenizer = Tokenizer.from_folder(path)
+    else:
+        file = read_gguf(path)
+        spec = gguf_spec(file)
+        module = Decoder(spec, mesh, dtype, param_dtype=dtype)
+        params = read_gguf_params(file, module)
+        tokenizer = tokenizer or Tokenizer.from_gguf(path)
+    return Model(spec, params, tokenizer, module, mesh)
+
+
+def save_model(
+    model: Model,
+    path: str | Path,
+    adapter: Params | None = None,
+    scale: float = 1.0,
+    merge: bool = True,
+    adapter_config: AdapterConfig | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes a Hugging Face folder that `load_model` and transformers read, or (merge=False) a PEFT adapter
+    folder.
+
+    Without an adapter the weights are written bit for bit. The folder appears under its name only when it is
+    complete.
+
+    Args:
+      adapter: low-rank adapter tree; merged as kernel + multiplier * A B, or written as it is with
+        merge=False.
+      scale: the dial s with `adapter_config` (multiplier s * alpha / rank); without it, the whole multiplier.
+      max_shard_bytes: weights beyond this size are split into shards with an index.
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      FileExistsError: `path` exists and is not an empty folder.
+      OSError: could not be written (a full disk, for example); nothing is left under the name.
+      ValueError: merge=False without an adapter, or a spec that no Hugging Face architecture expresses.
+    """
+    if adapter is None and not merge:
+        raise ValueError("merge=False writes an adapter folder, but no adapter was given")
+    target = Path(path).expanduser().absolute()
+    factor = float(multiplier(scale, adapter_config))
+    if adapter is not None and not merge:
+        with hf_io.new_folder(target) as folder:
+            hf_io.write_peft_adapter(folder, model.module, adapter, factor)
+        return target
+    config = config_from_spec(model.spec)
+    dtype = str(jax.tree.leaves(model.params)[0].dtype)
+    # Both names: transformers 5 writes "dtype", version 4 reads "torch_dtype".
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    generation: dict[str, Any] = {}
+    tokenizer = model.tokenizer
+    if tokenizer is not None:
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        generation |= {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
+    with hf_io.new_folder(target) as folder:
+        hf_io.write_json(folder / "config.json", config)
+        hf_io.write_json(folder / "generation_config.json", generation)
+        hf_io.write_hf_params(folder, model.module, model.params, adapter, factor, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+    return target

@@ -1,0 +1,83 @@
+"""Optimizers and learning-rate schedules by name, from a frozen config."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+NAMES = ("adamw", "muon")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """A named optimizer with warm-up and cosine decay.
+
+    Attributes:
+      name: "adamw" or "muon" (orthogonalised momentum for matrices, Adam for the rest).
+      learning_rate: peak.
+      warmup_steps: linear from 0; shortened when a run has fewer than twice as many steps.
+      final_fraction: where the cosine ends, as a fraction of the peak; 1 keeps the rate constant after the warm-up.
+      weight_decay: decoupled.
+      b2: second-moment decay of Adam.
+      clip: global gradient norm.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    final_fraction: float = 0.05
+    weight_decay: float = 0.0
+    b2: float = 0.95
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"optimizer {self.name!r} is not one of {NAMES}")
+        if self.learning_rate <= 0 or self.clip <= 0:
+            raise ValueError(f"learning_rate and clip must be positive, got {self.learning_rate} and {self.clip}")
+        if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1 or self.weight_decay < 0 or not 0 < self.b2 < 1:
+            raise ValueError(f"optimizer settings out of range: {self}")
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Warm-up, then cosine from the peak to final_fraction of it at total_steps."""
+    warmup = min(config.warmup_steps, total_steps // 2)
+    if config.final_fraction == 1:
+        return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
+    end = config.learning_rate * config.final_fraction
+    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), end)
+
+
+def _matrix_dimensions(params: Any) -> Any:
+    """Which dimensions of each leaf make a matrix; leading "layers" dimensions are batch, vectors get None (Adam)."""
+
+    def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        names = [key.key for key in path]
+        stacked = 1 if "layers" in names else 0
+        if names[-1] in ("scale", "bias") or leaf.ndim - stacked < 2:
+            return None
+        # Kernels map input dimensions to output dimensions; only attention's "o" takes two ([N, H] -> D).
+        inputs = 2 if "o" in names and leaf.ndim - stacked > 2 else 1
+        axes = tuple(range(stacked, leaf.ndim))
+        return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clipping, the named optimizer, and its schedule over total_steps."""
+    schedule = make_schedule(config, total_steps)
+    if config.name == "muon":
+        rule = contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_matrix_dimensions,
+        )
+    else:
+        rule = optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip), rule)

@@ -1,0 +1,203 @@
+"""The report as one HTML file that needs nothing else: no network, no script, readable on a phone and in the dark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import markupsafe
+
+from distill_jax.report import words
+from distill_jax.report.answer import answer
+from distill_jax.report.records import ARMS, read_metrics, read_rollouts, write_bytes
+from distill_jax.report.table import accuracy_table, claim_numbers, claim_title
+
+if TYPE_CHECKING:
+    from distill_jax.report.plots import Plot
+
+PROMPTS_SHOWN = 6
+ROLLOUTS_SHOWN = 2  # of one arm for one prompt
+_FULL_REWARD = 1.0 - 1e-6
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    """One completion: its text, the verdict in words, the tone ("good" or "bad"), facts beside it."""
+
+    text: str
+    verdict: str
+    tone: str
+    facts: str
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """One prompt with the rollouts of each arm: (title of the arm, its rollouts)."""
+
+    prompt: str
+    answer: str
+    arms: list[tuple[str, list[RolloutView]]]
+
+
+def _rollout_view(row: Mapping[str, Any]) -> RolloutView:
+    reward = float(row["reward"])
+    if reward >= _FULL_REWARD:
+        verdict, tone = "right", "good"
+    else:
+        verdict, tone = ("wrong" if reward <= 0.0 else f"reward {reward:.2f}"), "bad"
+    facts = []
+    if row.get("gap_per_byte") is not None:
+        facts.append(f"gap {row['gap_per_byte']:+.2f} nats per byte")
+    facts.append(f"{len(row['completion'].encode())} bytes")
+    if row.get("style"):
+        facts.append(str(row["style"]))
+    return RolloutView(row["completion"], verdict, tone, ", ".join(facts))
+
+
+def side_by_side(
+    rollouts: Mapping[str, Sequence[Mapping[str, Any]]], count: int = PROMPTS_SHOWN
+) -> list[PromptView]:
+    """The same prompts for all arms: first those that the most arms have answered, then in order of appearance."""
+    prompts: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for arm in ARMS:
+        for row in rollouts.get(arm, ()):
+            prompts.setdefault(row["prompt"], {}).setdefault(arm, []).append(row)
+    chosen = sorted(prompts.items(), key=lambda item: -len(item[1]))[:count]
+    views = []
+    for prompt, arms in chosen:
+        rows = next(iter(arms.values()))
+        shown = [
+            (words.ARM_TITLES[arm], [_rollout_view(row) for row in arms.get(arm, ())[:ROLLOUTS_SHOWN]])
+            for arm in ARMS
+            if arm in rollouts
+        ]
+        views.append(PromptView(prompt, str(rows[0].get("answer", "")), shown))
+    return views
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """[("optimizer.lr", "0.003"), ...]: every leaf of a nested mapping with its path."""
+    leaves = []
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            leaves += flatten(value, f"{path}.")
+        else:
+            leaves.append((path, str(value)))
+    return leaves
+
+
+def _unbroken(text: str) -> str:
+    """Keeps a number and its unit on one line."""
+    return re.sub(r"(\d) (%|points?|nats|bytes|steps|times)", "\\1\u00a0\\2", text)
+
+
+def _timings(wall_clock_s: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """(stage, duration in words, share of the total in per cent), the longest first."""
+    total = sum(wall_clock_s.values()) or 1.0
+    ordered = sorted(wall_clock_s.items(), key=lambda item: -item[1])
+    return [(stage, words.seconds(duration), 100 * duration / total) for stage, duration in ordered]
+
+
+def _teacher_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(arm, gap per byte, length, styles) of the arms that have rollouts."""
+    rows = []
+    for arm in ARMS:
+        metrics = summary["arms"][arm]["teacher"]
+        if "completion_bytes" not in metrics:
+            continue
+        gap = metrics.get("gap_per_byte")
+        styles = sorted(
+            (
+                (value["mean"], name.partition("/")[2])
+                for name, value in metrics.items()
+                if name.startswith("style/")
+            ),
+            reverse=True,
+        )
+        rows.append(
+            (
+                words.ARM_TITLES[arm],
+                "-" if gap is None else f"{gap['mean']:+.2f} ({words.interval(gap['ci95'], signed=True)})",
+                f"{metrics['completion_bytes']['mean']:.0f}",
+                ", ".join(f"{name} {words.percent(share, 0)}" for share, name in styles) or "-",
+            )
+        )
+    return rows
+
+
+def render_html(
+    summary: Mapping[str, Any], plots: Sequence[Plot], rollouts: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    """The page as text. Every string that comes from a run is escaped; only our own SVG is taken as markup.
+
+    Args:
+      summary: of schema 1. plots: from `make_plots`. rollouts: arm -> rows, from `read_rollouts`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distill_jax.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unbroken"] = _unbroken
+    headers, rows = accuracy_table(summary)
+    figures = {
+        group: [(plot.name, markupsafe.Markup(plot.svg)) for plot in plots if plot.group == group]
+        for group in ("knob", "budget", "training")
+    }
+    claims = [
+        {**claim, "numbers": claim_numbers(claim), "title": claim_title(claim)} for claim in summary["claims"]
+    ]
+    return environment.get_template("template.html").render(
+        answer=answer(summary),
+        claims=claims,
+        held=sum(claim["holds"] for claim in claims),
+        missing=summary["missing"],
+        headers=headers,
+        rows=rows,
+        figures=figures,
+        teachers=_teacher_rows(summary),
+        prompts=side_by_side(rollouts),
+        config=flatten(summary["config"]),
+        environment=flatten(summary["environment"]),
+        timings=_timings(summary["wall_clock_s"]),
+        total=words.seconds(sum(summary["wall_clock_s"].values())),
+        setting=summary["setting"],
+    )
+
+
+def write_report(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Writes WORKDIR/report/index.html and report/plots/*, each file atomically; returns the page's path.
+
+    Args:
+      workdir: folder of the run; rollouts and training metrics are read from it.
+      summary: what `summarise` returned for it.
+
+    Raises:
+      FileNotFoundError: no such folder. ValueError: a file that is present is broken.
+      ImportError: matplotlib is not installed.
+    """
+    try:
+        from distill_jax.report.plots import (  # matplotlib comes with the extra "report"
+            make_plots,
+            save_plots,
+        )
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"the report draws with matplotlib, and {error.name} is not installed: "
+            'pip install "distill_jax[report]"; summarise and summary_table work without it'
+        ) from error
+
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"workdir: expected the folder of a run, got {workdir}, which does not exist")
+    plots = make_plots(summary, read_metrics(workdir))
+    page = render_html(summary, plots, read_rollouts(workdir))
+    save_plots(plots, workdir / "report" / "plots")
+    return write_bytes(workdir / "report" / "index.html", page.encode("utf-8"))

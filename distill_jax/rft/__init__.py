@@ -1,0 +1,1 @@
+"""Reinforcement fine-tuning of the teacher: rewards, advantages, losses, the step, the calibration loop."""

@@ -1,0 +1,330 @@
+"""The calibration loop: rollouts, rewards, one pure step; validation, best checkpoint, early stop, exact resume.
+
+Everything that a step depends on is a function of (seed, step, state): prompts are element `step` of a
+shuffled data set, random numbers come from fold_in(key, step). A run that was killed goes on from its last
+checkpoint and ends with the same adapter, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+
+from distill_jax.checkpoint import Checkpointer, save_tree, write_json
+from distill_jax.mesh import place_batch
+from distill_jax.metrics import MetricWriter, Progress
+from distill_jax.models.adapter import adapter_axes, adapter_scale, init_adapter
+from distill_jax.models.decoder import Params, param_axes
+from distill_jax.models.model import Model
+from distill_jax.optimizer import make_optimizer
+from distill_jax.rft.config import CalibrationConfig, check_arm
+from distill_jax.rft.rollout import Judgement, Rollouts, Scored, judge, sample_batch, score_rollouts
+from distill_jax.rft.rollout_log import RolloutLog
+from distill_jax.rft.step import RftBatch, RftState, RftStep, init_rft_state, make_rft_step
+from distill_jax.rft.validation import Validation, sampling_config, validate
+from distill_jax.sampling import make_sampler
+from distill_jax.tasks.base import Problem, Task
+
+# Purposes of random numbers: fold_in(seed's key, purpose), then fold_in(that, step).
+_ADAPTER, _ROLLOUTS, _VALIDATION = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationResult:
+    """What a run ends with.
+
+    Attributes:
+      trainable: the best adapter (or parameters, with trainable="params"), on the device.
+      best_step: the update after which it was taken; 0 is the original teacher: no checkpoint was better and
+        above the floor.
+      best: its validation; original: that of the original teacher.
+      steps: updates done.
+      stopped: why the run ended: "steps", or the guard that stopped it.
+    """
+
+    trainable: Params
+    best_step: int
+    best: Validation
+    original: Validation
+    steps: int
+    stopped: str
+
+
+@dataclasses.dataclass
+class _Record:
+    """What the loop remembers beside its arrays; JSON, saved with every checkpoint."""
+
+    original: Validation
+    best: Validation
+    best_step: int = 0
+    highest: float = 0.0  # objective that a rise is measured from
+    first_bytes: float | None = None
+    below_floor: int = 0
+    without_rise: int = 0
+    stopped: str | None = None
+
+    def to_meta(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> _Record:
+        fields = {name: meta[name] for name in (field.name for field in dataclasses.fields(cls))}
+        return cls(**fields | {name: Validation(**meta[name]) for name in ("original", "best")})
+
+
+def calibrate(
+    teacher: Model,
+    proxy: Model,
+    task: Task,
+    arm: str,
+    eta: float,
+    config: CalibrationConfig,
+    directory: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    style_of: Callable[[str], str | None] | None = None,
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> CalibrationResult:
+    """Fine-tunes the teacher's adapter in one direction, or (control) on the task alone.
+
+    Writes into `directory`: metrics.jsonl and TensorBoard events, rollouts.jsonl (samples every few steps),
+    checkpoints/, and at the end adapter/ (the best trainable tree) and calibration.json. Called again after a
+    kill it goes on; called again after it has finished it returns the same result.
+
+    Args:
+      teacher: the model to calibrate; its parameters are the reference and are not changed.
+      proxy: the frozen small model.
+      task: prompts and verifier; its "train" and "validation" splits are used.
+      arm: "control", "distillable" or "undistillable".
+      eta: weight of the calibration reward; 0 for "control", positive for the others.
+      config: see `CalibrationConfig`.
+      directory: the arm's folder.
+      seed: of prompts, rollouts and the adapter.
+      style_of: names the style of a completion, for rollouts.jsonl.
+      on_step: called after each update with (updates done, metrics), after they and a due checkpoint were
+        written.
+
+    Raises:
+      ValueError: arm and eta that contradict each other; more texts that the proxy cannot score than
+        `config.unscorable_limit`; what the models, the task and the tokenizers raise.
+    """
+    check_arm(arm, eta)
+    run = _Run.make(teacher, proxy, task, arm, eta, config, Path(directory), seed)
+    with Checkpointer(run.directory / "checkpoints") as checkpointer:
+        resumed = checkpointer.latest_step()
+        if resumed is None:
+            start, state, best, record = 0, run.initial, run.initial.trainable, run.begin()
+            best = jax.tree.map(jnp.copy, best)
+        else:
+            abstract = {"state": run.initial, "best": run.initial.trainable, "key": run.key}
+            start, saved, meta = checkpointer.restore(abstract)
+            state, best, record = saved["state"], saved["best"], _Record.from_meta(meta)
+            run = dataclasses.replace(run, key=saved["key"])
+        with (
+            MetricWriter(run.directory, resume_step=resumed) as writer,
+            RolloutLog(run.directory / "rollouts.jsonl", resumed) as log,
+            Progress(config.steps, f"calibrate/{arm}", start=start) as bar,
+        ):
+            if resumed is None:
+                writer.write(0, record.original.metrics())
+            for step in range(start, config.steps):
+                if record.stopped:
+                    break
+                state, metrics, batch = run.update(state, step)
+                done = step + 1
+                if done % config.validation_every == 0 or done == config.steps:
+                    validation = run.validate(state.trainable)
+                    metrics |= validation.metrics()
+                    if run.review(record, validation, done):
+                        best = jax.tree.map(jnp.copy, state.trainable)
+                run.guard(record, metrics)
+                if done == config.steps and record.stopped is None:
+                    record.stopped = "steps"
+                if step % config.rollouts_every == 0 or record.stopped:
+                    log.write(done, *batch, config.rollouts_kept, style_of)
+                writer.write(done, metrics)
+                if done % config.checkpoint_every == 0 or record.stopped:
+                    tree = {"state": state, "best": best, "key": run.key}
+                    checkpointer.save(done, tree, record.to_meta() | {"data_position": done})
+                shown = ("reward_task", "gap_per_byte", "kl_k3", "validation_accuracy")
+                bar.update(1, **{name: metrics[name] for name in shown if name in metrics})
+                if on_step is not None:
+                    on_step(done, metrics)
+    assert record.stopped is not None
+    result = CalibrationResult(
+        best,
+        record.best_step,
+        record.best,
+        record.original,
+        int(state.step) // config.updates_per_batch,
+        record.stopped,
+    )
+    save_tree(run.directory / "adapter", best, overwrite=True)
+    summary = {name: getattr(result, name) for name in ("best_step", "steps", "stopped")}
+    validations = {name: dataclasses.asdict(getattr(result, name)) for name in ("best", "original")}
+    write_json(
+        run.directory / "calibration.json", {"arm": arm, "eta": eta, "seed": seed, **summary, **validations}
+    )
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same during a run."""
+
+    teacher: Model
+    proxy: Model
+    task: Task
+    arm: str
+    eta: float
+    config: CalibrationConfig
+    directory: Path
+    key: jax.Array
+    step: RftStep
+    scale: float
+    initial: RftState
+    problems: Sequence[Problem]
+    validation_problems: Sequence[Problem]
+    order: grain.MapDataset
+
+    @classmethod
+    def make(
+        cls,
+        teacher: Model,
+        proxy: Model,
+        task: Task,
+        arm: str,
+        eta: float,
+        config: CalibrationConfig,
+        directory: Path,
+        seed: int,
+    ) -> _Run:
+        key = jax.random.key(seed)
+        module = teacher.module
+        optimizer = make_optimizer(config.optimizer, config.steps * config.updates_per_batch)
+        if config.trainable == "adapter":
+            scale = float(adapter_scale(config.adapter))
+            trainable = init_adapter(module, config.adapter, jax.random.fold_in(key, _ADAPTER))
+            axes = adapter_axes(module, config.adapter)
+        else:
+            scale, trainable, axes = 1.0, teacher.params, param_axes(module)
+        step = make_rft_step(
+            module,
+            config.rft,
+            optimizer,
+            trainable=config.trainable,
+            scale=scale,
+            axes=axes if module.mesh else None,
+        )
+        problems = task.problems("train", config.train_problems, seed)
+        order = grain.MapDataset.range(len(problems)).seed(seed).shuffle().repeat()
+        return cls(
+            teacher=teacher,
+            proxy=proxy,
+            task=task,
+            arm=arm,
+            eta=eta,
+            config=config,
+            directory=directory,
+            key=key,
+            step=step,
+            scale=scale,
+            initial=init_rft_state(trainable, optimizer),
+            problems=problems,
+            validation_problems=task.problems("validation", config.validation_problems, seed),
+            order=order,
+        )
+
+    def policy(self, trainable: Params) -> tuple[Params, Params | None, float]:
+        """(params, adapter, scale) of the teacher being trained."""
+        if self.config.trainable == "adapter":
+            return self.teacher.params, trainable, self.scale
+        return trainable, None, 1.0
+
+    def begin(self) -> _Record:
+        """Validates the original teacher, and refuses texts that the proxy cannot score."""
+        original = self.validate(self.initial.trainable)
+        unscorable, limit = original.not_same_bytes + original.does_not_fit, self.config.unscorable_limit
+        if unscorable > limit:
+            raise ValueError(
+                f"the proxy cannot score {unscorable:.1%} of {len(self.validation_problems)} texts of the original "
+                f"teacher, more than unscorable_limit={limit:.1%}: {original.not_same_bytes:.1%} do not come out of "
+                f"both tokenizers byte for byte the same, {original.does_not_fit:.1%} are longer than proxy_prompt_sizes="
+                f"{self.config.proxy_prompt_sizes} or proxy_completion_sizes={self.config.proxy_completion_sizes}; "
+                "choose another proxy, or larger sizes"
+            )
+        return _Record(original, original, highest=original.objective(self.arm))
+
+    def validate(self, trainable: Params) -> Validation:
+        return validate(
+            self.teacher,
+            self.proxy,
+            self.task,
+            self.validation_problems,
+            self.config,
+            jax.random.fold_in(self.key, _VALIDATION),
+            *self.policy(trainable),
+        )
+
+    def update(
+        self, state: RftState, step: int
+    ) -> tuple[RftState, dict[str, float], tuple[Rollouts, Scored, Judgement]]:
+        """One batch of rollouts and the updates on it."""
+        started = time.monotonic()
+        config, teacher = self.config, self.teacher
+        first = step * config.prompts_per_step
+        problems = [self.problems[self.order[first + i]] for i in range(config.prompts_per_step)]
+        sampler = make_sampler(
+            teacher.module, sampling_config(teacher, config, config.rft.num_samples), config.prompt_sizes
+        )
+        key = jax.random.fold_in(jax.random.fold_in(self.key, _ROLLOUTS), step)
+        batch = sample_batch(sampler, teacher, problems, key, config, *self.policy(state.trainable))
+        rollouts, scored = score_rollouts(teacher, self.proxy, self.task, problems, batch, config)
+        judgement = judge(rollouts, scored, config, self.arm, self.eta)
+        rft_batch = RftBatch(batch.sequences, judgement.advantages, scored.lp_reference, batch.lp)
+        if teacher.mesh is not None:
+            rft_batch = place_batch(rft_batch, teacher.mesh)
+        params = teacher.params if config.trainable == "adapter" else None
+        for _ in range(config.updates_per_batch):
+            state, step_metrics = self.step(state, params, rft_batch)
+        sums, values = jax.device_get((judgement.sums, step_metrics))
+        metrics = {name: float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
+        metrics |= {name: float(value) for name, value in values.items()}
+        metrics |= {"verifier_failures": float(scored.task.failures), "seconds": time.monotonic() - started}
+        return state, metrics, (rollouts, scored, judgement)
+
+    def review(self, record: _Record, validation: Validation, done: int) -> bool:
+        """Updates the counters of the guards; True if this is the best policy so far above the floor."""
+        config, objective = self.config, validation.objective(self.arm)
+        above = validation.accuracy >= record.original.accuracy - config.utility_floor - 1e-9
+        record.below_floor = 0 if above else record.below_floor + 1
+        rose = objective >= record.highest + config.min_improvement
+        record.without_rise = 0 if rose else record.without_rise + 1
+        record.highest = max(record.highest, objective)
+        better = above and objective > record.best.objective(self.arm)
+        if better:
+            record.best, record.best_step = validation, done
+        return better
+
+    def guard(self, record: _Record, metrics: Mapping[str, float]) -> None:
+        """Says why the run has to stop, if it has to."""
+        config = self.config
+        if record.first_bytes is None:
+            record.first_bytes = metrics["completion_bytes"]
+        ceiling = config.length_ceiling
+        if record.below_floor >= config.floor_patience:
+            record.stopped = "accuracy below the utility floor"
+        elif metrics["entropy"] < config.entropy_floor:
+            record.stopped = "entropy below its floor"
+        elif ceiling is not None and metrics["completion_bytes"] > ceiling * record.first_bytes:
+            record.stopped = "completions above the length ceiling"
+        elif config.stop_when_converged and record.without_rise >= config.patience:
+            record.stopped = "converged"
