@@ -6,8 +6,9 @@ Part 1, a real pair of tokenizers: encode the same texts with both, take byte en
 standard library and sums with characters outside of ASCII, in pieces of 256 tokens of the student. Encoding is the
 bound of this part: any aligner has to do it.
 
-Part 2, the kernel on generated rows: spans and sums forward, and with the gradient by both sides. The bound is reading
-the arguments and writing the results once, at the memory bandwidth measured in the same run.
+Part 2, the kernel on generated rows: spans and sums forward (every field of `Spans` is written), and the gradient
+by both sides (nothing but the gradient is). The bound is reading the arguments and writing the results once, at
+the memory bandwidth measured in the same run.
 
 Beside both stand two ways without any of this library, checked to find as many spans: a plain Python walk with two
 pointers, and `numpy.intersect1d`, which finds the borders and sums nothing.

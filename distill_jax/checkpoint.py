@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -50,19 +50,15 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
     with _disk_errors(f"{path}", "the old file, if there was one, is intact; free space and start again"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(
-                temporary, 0o666 & ~_umask()
-            )  # mkstemp makes private files; results are meant to be read
             os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
 
@@ -97,20 +93,18 @@ def save_tree(path: str | os.PathLike[str], tree: Any, overwrite: bool = False) 
     retired = path.with_name(path.name + ".old")
     _finish_replacement(path, retired)
     if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} exists already; choose another path, or pass overwrite=True to replace it"
-        )
+        raise FileExistsError(f"{path} exists already; choose another path, or pass overwrite=True")
     _check_leaves(tree)
     fresh = path.with_name(path.name + ".new") if path.exists() else path
-    remedy = (
-        "free space and start again"
-        if fresh is path
-        else "the old tree is intact; free space and start again"
-    )
+    intact = "" if fresh is path else "the old tree is intact; "
     _quiet_orbax()
-    with _disk_errors(f"a tree to {path}", remedy), ocp.StandardCheckpointer() as checkpointer:
+    with (
+        _disk_errors(f"a tree to {path}", f"{intact}free space and start again"),
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
         checkpointer.save(fresh, tree, force=True)
     if fresh is not path:
+        shutil.rmtree(retired, ignore_errors=True)  # left by a kill after the second rename
         os.rename(path, retired)
         os.rename(fresh, path)
         shutil.rmtree(retired)
@@ -332,15 +326,11 @@ def _signature(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
     """Raises with every difference between two signatures."""
-    lines = []
-    for name in sorted({*stored, *wanted}):
-        there, here = stored.get(name), wanted.get(name)
-        if there is None:
-            lines.append(f"{name}: not in the checkpoint, asked for {here}")
-        elif here is None:
-            lines.append(f"{name}: in the checkpoint {there}, not asked for")
-        elif there != here:
-            lines.append(f"{name}: in the checkpoint {there}, asked for {here}")
+    lines = [
+        f"{name}: in the checkpoint {stored.get(name, 'nothing')}, asked for {wanted.get(name, 'nothing')}"
+        for name in sorted({*stored, *wanted})
+        if stored.get(name) != wanted.get(name)
+    ]
     if lines:
         raise _MismatchError(f"{what} is not of the state asked for:\n  " + "\n  ".join(lines))
 
@@ -376,12 +366,6 @@ def _local(path: str | os.PathLike[str]) -> Path:
     if "://" in os.fspath(path):
         raise ValueError(f"{path} is a URL; give a folder of this machine (a bucket can be mounted as one)")
     return Path(path).expanduser().absolute()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 DRAW_BLOCK = 128
 
 
-def check_distribution(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError unless temperature > 0, top_k >= 0 and 0 < top_p <= 1."""
+def check_distribution(temperature: float, top_k: int | jax.Array, top_p: float) -> None:
+    """Raises ValueError unless temperature > 0, top_k >= 0 (if it is one number) and 0 < top_p <= 1."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
             f"temperature must be a positive number, got {temperature}; greedy decoding (temperature 0) is an "
             "argmax without a distribution, score it at temperature 1"
         )
-    if top_k < 0:
+    if isinstance(top_k, int) and top_k < 0:
         raise ValueError(f"top_k must be at least 0 (0 keeps the whole vocabulary), got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1] (1 keeps the whole vocabulary), got {top_p}")
@@ -26,7 +26,7 @@ def check_distribution(temperature: float, top_k: int, top_p: float) -> None:
 def process_logits(
     logits: jax.Array,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | jax.Array = 0,
     top_p: float = 1.0,
     *,
     keep: jax.Array | None = None,
@@ -41,7 +41,7 @@ def process_logits(
     Args:
       logits: [..., V], any float dtype; computed in float32.
       temperature: > 0.
-      top_k: 0 keeps all.
+      top_k: 0 keeps all; i32[...] gives each row its own.
       top_p: in (0, 1]; 1 keeps all.
       keep: i32[...], one id that is in the support whatever its logit.
 
@@ -55,7 +55,7 @@ def process_logits(
     logits = logits.astype(jnp.float32)
     if temperature != 1.0:
         logits = logits / temperature
-    if not 0 < top_k < logits.shape[-1] and top_p == 1.0:
+    if top_p == 1.0 and not _truncates(top_k, logits.shape[-1]):
         return jax.nn.log_softmax(logits, axis=-1)
     in_support = _support(jax.lax.stop_gradient(logits), top_k, top_p)
     if keep is not None:
@@ -64,11 +64,17 @@ def process_logits(
     return jax.nn.log_softmax(jnp.where(in_support, logits, -jnp.inf), axis=-1)
 
 
-def _support(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def _truncates(top_k: int | jax.Array, vocab_size: int) -> bool:
+    """Whether top-k can leave ids out; an array can."""
+    return 0 < top_k < vocab_size if isinstance(top_k, int) else True
+
+
+def _support(logits: jax.Array, top_k: int | jax.Array, top_p: float) -> jax.Array:
     """bool[..., V]: what top-k, then top-p, keep."""
     support = jnp.ones(logits.shape, bool)
-    if 0 < top_k < logits.shape[-1]:
-        support = ~(logits < _cut(logits, jnp.ones_like(logits), top_k))
+    if _truncates(top_k, logits.shape[-1]):
+        count = top_k if isinstance(top_k, int) else top_k[..., None]
+        support = ~(logits < _cut(logits, jnp.ones_like(logits), count))
     if top_p < 1.0:
         mass = jnp.where(support, jax.nn.softmax(logits, axis=-1), 0.0)
         support &= ~(logits < _cut(logits, mass, top_p * jnp.sum(mass, axis=-1, keepdims=True)))
@@ -78,7 +84,8 @@ def _support(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 def _cut(logits: jax.Array, weight: jax.Array, target: float | jax.Array) -> jax.Array:
     """f32[..., 1]: the largest c for which the weights of the logits >= c sum to at least `target`.
 
-    NaN, which no logit is smaller than, where rounding keeps even the sum of all weights below `target`.
+    NaN, which no logit is smaller than, for target 0 and where rounding keeps even the sum of all weights below
+    `target`.
     Exact: the 32 bits of c are found one by one, from the highest. That is 32 passes over the vocabulary,
     which costs a small part of a sort (TPU, CPU), and where V is cut over chips only the sums travel.
     """

@@ -46,7 +46,7 @@ def score_completions(
     adapter: Params | None = None,
     scale: float | jax.Array = 1.0,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | jax.Array = 0,
     top_p: float = 1.0,
     chunk: int = 64,
 ) -> CompletionScores:
@@ -59,11 +59,13 @@ def score_completions(
     Under top-k or top-p the scored token always counts as part of the support. For a token that was sampled
     under the same parameters that is exact, and rounding at the edge of the support cannot turn its score into
     -inf; for a token that the distribution excludes it is the score under the support widened by that token.
+    top-p jumps where a mass just reaches it: about one token in 10^4 is scored with one id more or less than it
+    was sampled with. Rollouts are scored exactly with top_k=`RolloutBatch.support_size` in place of both.
 
     Args:
       module, params, adapter, scale: as in `models.decoder.apply`.
       sequences: B rows; may hold numpy leaves.
-      temperature, top_k, top_p: the distribution, see `distribution.process_logits`.
+      temperature, top_k, top_p: the distribution, see `distribution.process_logits`; top_k may be i32[B, T].
       chunk: the most tokens of a row whose logits exist at one time.
 
     Returns:
@@ -90,17 +92,25 @@ def score_completions(
     targets = tokens[:, sequences.prompt_size :]
 
     @jax.checkpoint
-    def score(chunk_hidden: jax.Array, chunk_targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score(
+        chunk_hidden: jax.Array, chunk_targets: jax.Array, chunk_top_k: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         logits = unembed(module, params, chunk_hidden, adapter=adapter, scale=scale)
-        logprobs = process_logits(logits, temperature, top_k, top_p, keep=chunk_targets)
-        lp = jnp.take_along_axis(logprobs, chunk_targets[..., None], axis=-1)[..., 0]
+        keep_most = top_k if chunk_top_k is None else chunk_top_k
+        logprobs = process_logits(logits, temperature, keep_most, top_p, keep=chunk_targets)
+        # A comparison, where a gather would do: its gradient is no scatter, and needs no logits-sized array.
+        ids = jax.lax.broadcasted_iota(jnp.int32, logprobs.shape, 2)
+        lp = jnp.sum(jnp.where(ids == chunk_targets[..., None], logprobs, 0.0), axis=-1)
         return lp, entropy_of(logprobs)
 
     num_chunks = math.ceil(size / chunk)
     chunk_size = math.ceil(size / num_chunks)  # evenly filled chunks: at most num_chunks - 1 padded tokens
-    pieces = (
-        constrain(_split_chunks(hidden, num_chunks, chunk_size), module.mesh, (None, "batch", None, None)),
-        constrain(_split_chunks(targets, num_chunks, chunk_size), module.mesh, (None, "batch", None)),
+    per_token = None if isinstance(top_k, int) else jnp.asarray(top_k)
+    pieces = jax.tree.map(
+        lambda x: constrain(
+            _split_chunks(x, num_chunks, chunk_size), module.mesh, (None, "batch", None, None)[: x.ndim + 1]
+        ),
+        (hidden, targets, per_token),
     )
     _, scores = jax.lax.scan(lambda carry, piece: (carry, score(*piece)), None, pieces)
     lp, entropy = (_join_chunks(x)[:, :size] for x in scores)

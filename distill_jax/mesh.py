@@ -124,7 +124,9 @@ def axis_size(mesh: Mesh, logical_axis: str | None) -> int:
 def check_divisible(mesh: Mesh, shape: Sequence[int], logical_axes: Sequence[str | None], name: str) -> None:
     """Raises `ShardingError` naming parameter, dimension, axis and sizes when a dimension does not divide."""
     if len(shape) != len(logical_axes):
-        raise ShardingError(f"{name}: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(logical_axes)}")
+        raise ShardingError(
+            f"{name}: shape {tuple(shape)} has {len(shape)} dimensions, axes {tuple(logical_axes)}"
+        )
     for dimension, (size, logical_axis) in enumerate(zip(shape, logical_axes, strict=True)):
         pieces = axis_size(mesh, logical_axis)
         if size % pieces:

@@ -38,8 +38,15 @@ class OptimizerConfig:
         if self.name not in NAMES:
             raise ValueError(f"optimizer {self.name!r} is not one of {NAMES}")
         if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(f"learning_rate and clip must be positive, got {self.learning_rate} and {self.clip}")
-        if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1 or self.weight_decay < 0 or not 0 < self.b2 < 1:
+            raise ValueError(
+                f"learning_rate and clip must be positive, got {self.learning_rate} and {self.clip}"
+            )
+        if (
+            self.warmup_steps < 0
+            or not 0 <= self.final_fraction <= 1
+            or self.weight_decay < 0
+            or not 0 < self.b2 < 1
+        ):
             raise ValueError(f"optimizer settings out of range: {self}")
 
 
@@ -49,7 +56,30 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     if config.final_fraction == 1:
         return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
     end = config.learning_rate * config.final_fraction
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), end)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), end
+    )
+
+
+def trapezoid(config: OptimizerConfig, step: int, total_steps: int, decay: float = 0.2) -> float:
+    """Learning rate of a run of total_steps: warm-up, constant, and a linear decay over the last `decay` of it.
+
+    Runs of different lengths are the same until the shorter one starts to decay, so that a curve over budgets needs
+    one trunk and a short branch for each budget (warmup-stable-decay, arXiv 2404.06395).
+    """
+    warmup = min(config.warmup_steps, total_steps // 2)
+    start = decay_start(total_steps, decay)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    if step < start:
+        return config.learning_rate
+    left = (total_steps - step) / (total_steps - start)
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * left)
+
+
+def decay_start(total_steps: int, decay: float = 0.2) -> int:
+    """The first step of the linear decay of `trapezoid`."""
+    return total_steps - max(1, round(decay * total_steps))
 
 
 def _matrix_dimensions(params: Any) -> Any:
@@ -68,9 +98,12 @@ def _matrix_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, the named optimizer, and its schedule over total_steps."""
-    schedule = make_schedule(config, total_steps)
+def make_optimizer(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
+    """Clipping, the named optimizer, and its schedule over total_steps.
+
+    With total_steps None the rate is 1: the caller multiplies the update by the learning rate of its own schedule.
+    """
+    schedule = 1.0 if total_steps is None else make_schedule(config, total_steps)
     if config.name == "muon":
         rule = contrib.muon(
             schedule,

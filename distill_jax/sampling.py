@@ -55,9 +55,9 @@ class SamplingConfig:
         object.__setattr__(self, "eos_ids", tuple(int(i) for i in self.eos_ids))  # hashable, whatever came
 
     @property
-    def is_plain_softmax(self) -> bool:
-        """True when the distribution sampled from is the model's own."""
-        return self.temperature == 1.0 and self.top_k == 0 and self.top_p == 1.0
+    def truncates(self) -> bool:
+        """Whether ids are left out of the distribution that is sampled from."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
 @jax.tree_util.register_dataclass
@@ -69,12 +69,15 @@ class RolloutBatch:
       sequences: prompts and completions, as `logprobs.score_completions` takes them.
       lp: f32[B, T] under the distribution that was sampled from (0 for greedy: a point mass); 0 in padding.
       lp_model: f32[B, T] under the model's softmax at temperature 1; 0 in padding.
+      support_size: i32[B, T], how many ids top-k and top-p left to draw from; None where neither is used. As
+        `top_k` of `logprobs.score_completions` it scores the rollout under the very support it was drawn from.
       ended: bool[B], the row has its end-of-sequence token; False for one that was cut off.
     """
 
     sequences: Sequences
     lp: jax.Array
     lp_model: jax.Array
+    support_size: jax.Array | None
     ended: jax.Array
 
 
@@ -88,7 +91,7 @@ class DecodeState:
       tokens: i32[B, P+T] in the layout of `Sequences`.
       prompt_length, length: i32[B], of the prompt and of the completion so far.
       ended: bool[B].
-      lp, lp_model: f32[B, T].
+      lp, lp_model, support_size: [B, T], as in `RolloutBatch`.
       cache: P+T slots a row.
     """
 
@@ -99,6 +102,7 @@ class DecodeState:
     ended: jax.Array
     lp: jax.Array
     lp_model: jax.Array
+    support_size: jax.Array | None
     cache: Cache
 
 
@@ -188,6 +192,7 @@ def prefill(
         ended=jnp.zeros(rows, bool),
         lp=jnp.zeros((rows, new), jnp.float32),
         lp_model=jnp.zeros((rows, new), jnp.float32),
+        support_size=jnp.zeros((rows, new), jnp.int32) if config.truncates else None,
         cache=_repeat_cache(module, cache, samples, new),
     )
     return _emit(state, jnp.repeat(logits, samples, axis=0), keys, config)
@@ -230,7 +235,7 @@ def rollout_batch(state: DecodeState, config: SamplingConfig, vocabulary_hash: s
     """The finished state without what only decoding needs."""
     prompt_size = state.tokens.shape[-1] - config.max_new_tokens
     sequences = Sequences(state.tokens, state.prompt_length, state.length, prompt_size, vocabulary_hash)
-    return RolloutBatch(sequences, state.lp, state.lp_model, state.ended)
+    return RolloutBatch(sequences, state.lp, state.lp_model, state.support_size, state.ended)
 
 
 def _emit(state: DecodeState, logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> DecodeState:
@@ -240,23 +245,27 @@ def _emit(state: DecodeState, logits: jax.Array, keys: jax.Array, config: Sampli
     """
     step, alive = state.step, ~state.ended
     model = process_logits(logits)
+    sampled = model
     if config.temperature == 0:
         token = jnp.argmax(logits, axis=-1)
-        lp_model = _pick(model, token)
-        lp = jnp.zeros_like(lp_model)
+        lp = jnp.zeros(token.shape, jnp.float32)
     else:
-        sampled = model
-        if not config.is_plain_softmax:
+        if config.truncates or config.temperature != 1:
             sampled = process_logits(logits, config.temperature, config.top_k, config.top_p)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         token = jax.vmap(draw)(step_keys, sampled)
-        lp_model, lp = _pick(model, token), _pick(sampled, token)
+        lp = _pick(sampled, token)
+    lp_model = _pick(model, token)
     token = jnp.where(alive, token.astype(jnp.int32), config.pad_id)
     is_eos = functools.reduce(jnp.logical_or, [token == i for i in config.eos_ids], jnp.zeros_like(alive))
 
     def write(buffer: jax.Array, column: jax.Array, value: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(buffer, value[:, None], column, axis=1)
 
+    support_size = None
+    if state.support_size is not None:
+        ids = jnp.sum(sampled > -jnp.inf, axis=-1, dtype=jnp.int32)
+        support_size = write(state.support_size, step, jnp.where(alive, ids, 0))
     return dataclasses.replace(
         state,
         step=step + 1,
@@ -265,6 +274,7 @@ def _emit(state: DecodeState, logits: jax.Array, keys: jax.Array, config: Sampli
         ended=state.ended | (alive & is_eos),
         lp=write(state.lp, step, jnp.where(alive, lp, 0.0)),
         lp_model=write(state.lp_model, step, jnp.where(alive, lp_model, 0.0)),
+        support_size=support_size,
     )
 
 

@@ -70,7 +70,9 @@ def slot_positions(prompt_length: jax.Array, prompt_size: int, size: int) -> jax
     return jnp.where(slot < prompt_size, slot, slot - prompt_size + prompt_length[:, None]).astype(jnp.int32)
 
 
-def pack_prompts(prompts: Sequence[Sequence[int]], prompt_size: int, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pack_prompts(
+    prompts: Sequence[Sequence[int]], prompt_size: int, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """(i32[B, P] right-padded ids, i32[B] lengths) on the host.
 
     Raises:

@@ -16,7 +16,7 @@ from distill_jax import pipeline
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, or FILE:PAIR.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; without it, one under runs/.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a pod before anything else.")
-CPU_DEVICES = flags.DEFINE_integer("cpu_devices", min(2, os.cpu_count() or 1), "Devices of a CPU backend.")
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "Devices of a CPU backend; one uses all cores.")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
 flags.mark_flag_as_required("config")
 logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings the notes of every library back

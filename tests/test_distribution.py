@@ -49,7 +49,9 @@ def test_process_logits_by_hand() -> None:
         jnp.exp(process_logits(logits, top_p=0.9)), [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95], rtol=1e-6
     )
     # top-k comes first: of 0.5 and 0.3 (0.625, 0.375), 0.6 of the mass is the first alone.
-    np.testing.assert_array_equal(process_logits(logits, top_k=2, top_p=0.6), [-jnp.inf, 0, -jnp.inf, -jnp.inf])
+    np.testing.assert_array_equal(
+        process_logits(logits, top_k=2, top_p=0.6), [-jnp.inf, 0, -jnp.inf, -jnp.inf]
+    )
     # temperature 1/2 squares probabilities: 0.25 and 0.09 of 0.34.
     np.testing.assert_allclose(
         jnp.exp(process_logits(logits, temperature=0.5, top_k=2)), [0, 0.25 / 0.34, 0, 0.09 / 0.34], rtol=1e-6
@@ -72,9 +74,7 @@ def test_extreme_values() -> None:
     np.testing.assert_array_equal(
         jnp.isfinite(process_logits(logits, top_k=3))[0], [True, False, False, True]
     )
-    np.testing.assert_array_equal(
-        jnp.isfinite(process_logits(logits, top_k=3))[1], [True, True, False, True]
-    )
+    np.testing.assert_array_equal(jnp.isfinite(process_logits(logits, top_k=3))[1], [True, True, False, True])
     spread = jax.random.normal(jax.random.key(0), (64, 999))
     almost_all = jnp.exp(process_logits(spread, top_p=1 - 1e-9))
     np.testing.assert_allclose(almost_all, jax.nn.softmax(spread), rtol=1e-4, atol=1e-7)
@@ -87,6 +87,12 @@ def test_keep_adds_one_id_to_the_support() -> None:
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]))
     kept = jnp.exp(process_logits(logits, top_k=1, keep=jnp.array([2, 0])))
     np.testing.assert_allclose(kept, [[0.5 / 0.7, 0, 0.2 / 0.7], [1, 0, 0]], rtol=1e-6)
+
+
+def test_top_k_of_each_row() -> None:
+    logits = jnp.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
+    kept = jnp.isfinite(process_logits(logits, top_k=jnp.array([1, 2, 0])))
+    np.testing.assert_array_equal(kept, [[True, False, False], [True, False, True], [True, True, True]])
 
 
 def test_gradient_is_that_of_the_softmax_over_the_support() -> None:

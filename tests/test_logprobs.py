@@ -64,7 +64,11 @@ def full_scores(
 @pytest.mark.parametrize("chunk", [1, 4, 11, 64])
 def test_scores_equal_full_logits_row_by_row(chunk: int) -> None:
     module = Decoder(UNTIED)
-    params, adapter, sequences = init_params(module, jax.random.key(0)), random_adapter(module), random_sequences()
+    params, adapter, sequences = (
+        init_params(module, jax.random.key(0)),
+        random_adapter(module),
+        random_sequences(),
+    )
     low_rank = {"adapter": adapter, "scale": 0.5}
     got = score_completions(module, params, sequences, temperature=0.7, chunk=chunk, **low_rank)
     expected = full_scores(module, params, sequences, temperature=0.7, **low_rank)
@@ -89,7 +93,11 @@ def full_logits_sum(module: Decoder, params: Params, sequences: Sequences, **ada
 
 def test_chunked_gradients_equal_full_gradients() -> None:
     module = Decoder(UNTIED)
-    params, adapter, sequences = init_params(module, jax.random.key(0)), random_adapter(module), random_sequences()
+    params, adapter, sequences = (
+        init_params(module, jax.random.key(0)),
+        random_adapter(module),
+        random_sequences(),
+    )
 
     def loss(chunk: int | None, params: Params, adapter: Params) -> jax.Array:
         if chunk is None:
@@ -107,7 +115,7 @@ def test_chunked_gradients_equal_full_gradients() -> None:
 def test_padding_may_hold_anything() -> None:
     module = Decoder(SPEC)
     params, sequences = init_params(module, jax.random.key(0)), random_sequences()
-    score = jax.jit(jax.value_and_grad(lambda p, s: score_completions(module, p, s, chunk=4).lp.sum()))
+    score = jax.jit(jax.value_and_grad(lambda p, s: score_completions(module, p, s, chunk=2).lp.sum()))
     value, gradient = score(params, sequences)
     for padding in (-1, 51, 52, 2**30):
         tokens = np.where(np.asarray(sequences.valid()), sequences.tokens, padding)
@@ -138,7 +146,7 @@ def test_truncated_distributions_score_every_token() -> None:
 
 
 def test_gradient_memory_is_far_below_one_array_of_logits() -> None:
-    spec = dataclasses.replace(SPEC, vocab_size=4096)
+    spec = dataclasses.replace(SPEC, vocab_size=16384)
     module = Decoder(spec)
     params = init_params(module, jax.random.key(0))
     rows, prompt, completion = 4, 8, 64
@@ -151,13 +159,12 @@ def test_gradient_memory_is_far_below_one_array_of_logits() -> None:
         return jax.jit(jax.grad(loss)).lower(params, sequences).compile().memory_analysis().temp_size_in_bytes
 
     whole = temporary_bytes(lambda p, s: full_logits_sum(module, p, s))
-    chunked = temporary_bytes(lambda p, s: score_completions(module, p, s, chunk=8).lp.sum())
+    chunked = temporary_bytes(lambda p, s: score_completions(module, p, s, chunk=2).lp.sum())
     with_entropy = temporary_bytes(
-        lambda p, s: sum(x.sum() for x in jax.tree.leaves(score_completions(module, p, s, chunk=8)))
+        lambda p, s: sum(x.sum() for x in jax.tree.leaves(score_completions(module, p, s, chunk=2)))
     )
     assert whole > logits_bytes
-    assert chunked < 0.5 * logits_bytes
-    assert with_entropy < 0.7 * logits_bytes
+    assert max(chunked, with_entropy) < logits_bytes / 3
 
 
 def test_sharded_equals_unsharded_and_logits_stay_cut(mesh_cube: Mesh, mesh_single: Mesh) -> None:
@@ -176,7 +183,9 @@ def test_sharded_equals_unsharded_and_logits_stay_cut(mesh_cube: Mesh, mesh_sing
             scores = score_completions(module, params, batch, adapter=adapter, chunk=8)
             return scores.lp.sum() + scores.entropy.sum(), scores
 
-        compiled = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(placed, placed_adapter, batch).compile()
+        compiled = (
+            jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(placed, placed_adapter, batch).compile()
+        )
         results.append((compiled(placed, placed_adapter, batch), compiled.as_text()))
     (sharded, text), (single, _) = results
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), sharded, single)

@@ -77,8 +77,14 @@ def init_adapter(module: Decoder, config: AdapterConfig, key: jax.Array) -> Para
         flat: dict[tuple[str, ...], Any] = {}
         for index, (path, shape) in enumerate(_kernels(module, config).items()):
             stacked, inputs = _split(path, len(shape))
-            layers, fan_in, out = shape[:stacked], shape[stacked : stacked + inputs], shape[stacked + inputs :]
-            draw = jax.random.normal(jax.random.fold_in(key, index), (*layers, *fan_in, config.rank), jnp.float32)
+            layers, fan_in, out = (
+                shape[:stacked],
+                shape[stacked : stacked + inputs],
+                shape[stacked + inputs :],
+            )
+            draw = jax.random.normal(
+                jax.random.fold_in(key, index), (*layers, *fan_in, config.rank), jnp.float32
+            )
             flat[(*path, "a")] = draw / math.sqrt(math.prod(fan_in))
             flat[(*path, "b")] = jnp.zeros((*layers, config.rank, *out), jnp.float32)
         return _nest(flat)

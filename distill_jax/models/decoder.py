@@ -178,7 +178,11 @@ class Attention(nn.Module):
             layer_ = Projection((spec.d_model,), *out, use_bias=spec.qkv_bias, name=name, **types)  # type: ignore[arg-type]
             return layer_(x, scale)
 
-        q, k, v = project("q", n, "heads"), project("k", k_heads, "kv_heads"), project("v", k_heads, "kv_heads")
+        q, k, v = (
+            project("q", n, "heads"),
+            project("k", k_heads, "kv_heads"),
+            project("v", k_heads, "kv_heads"),
+        )
         if spec.qk_norm:
             q = RMSNorm(h, spec.norm_eps, spec.norm_offset, name="q_norm", **types)(q)
             k = RMSNorm(h, spec.norm_eps, spec.norm_offset, name="k_norm", **types)(k)
@@ -295,7 +299,12 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(spec.d_model, spec.norm_eps, spec.norm_offset, dtype, param_dtype)
         if not spec.tie_embeddings:
             self.head = Projection(
-                (spec.d_model,), (spec.vocab_size,), ("embed",), ("vocab",), dtype=dtype, param_dtype=param_dtype
+                (spec.d_model,),
+                (spec.vocab_size,),
+                ("embed",),
+                ("vocab",),
+                dtype=dtype,
+                param_dtype=param_dtype,
             )
 
     def __call__(
@@ -396,7 +405,9 @@ def abstract_params(module: Decoder) -> Params:
 
 def param_axes(module: Decoder) -> Params:
     """The parameter tree with a tuple of logical axes for each leaf."""
-    return jax.tree.map(lambda box: box.names, _boxed(module), is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree.map(
+        lambda box: box.names, _boxed(module), is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
 
 
 def init_params(module: Decoder, key: jax.Array) -> Params:

@@ -100,9 +100,9 @@ class _Cursor:
             if item in _SCALARS:
                 dtype = np.dtype(_SCALARS[item])
                 return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
-            if item == _STRING and count > len(self.data):
+            if item != _STRING:
                 raise ValueError(
-                    f"{self.path} is damaged: {what} claims {count} strings, more than the file has bytes"
+                    f"{self.path}: {what} is an array of value type {item}, which is not supported"
                 )
             return [self.value(item, what) for _ in range(count)]
         if kind not in _SCALARS:
@@ -148,7 +148,11 @@ def read_gguf(path: str | Path) -> GGUFFile:
         table.append(
             (name, shape, cursor.integer("I", f"tensor {name!r}"), cursor.integer("Q", f"tensor {name!r}"))
         )
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"{path} is damaged: general.alignment must be a positive number, got {alignment!r}")
+    if len({entry[0] for entry in table}) < len(table):
+        raise ValueError(f"{path} is damaged: its table names a tensor twice")
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: _tensor(path, name, shape, kind, start + offset) for name, shape, kind, offset in table}
     end = max((tensor.offset + tensor.size for tensor in tensors.values()), default=0)

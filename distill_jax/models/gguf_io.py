@@ -8,6 +8,7 @@ convert_hf_to_gguf.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -48,69 +49,80 @@ def gguf_spec(file: GGUFFile) -> ModelSpec:
             f"{file.path}: architecture {architecture!r} is not supported; expected one of {sorted(_HF_ARCHITECTURE)}"
         )
 
-    def get(key: str, default: Any = None) -> Any:
+    def number(key: str, default: float | None = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
         if value is None:
-            raise ValueError(f"{file.path}: metadata {architecture}.{key!r} is missing")
+            raise ValueError(f"{file.path}: metadata {architecture}.{key} is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**31:
+            raise ValueError(
+                f"{file.path}: metadata {architecture}.{key} must be a positive number, got {value!r}"
+            )
         return value
 
-    if get("expert_count", 0):
+    if metadata.get(f"{architecture}.expert_count"):
         raise ValueError(f"{file.path}: mixtures of experts ({architecture}.expert_count) are not supported")
-    heads = get("attention.head_count")
-    head_dim = get("attention.key_length", get("embedding_length") // heads)
+    width, heads = number("embedding_length"), number("attention.head_count")
+    head_dim = number("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if get(key, head_dim) != head_dim:
+        if number(key, head_dim) != head_dim:
             raise ValueError(
-                f"{file.path}: {architecture}.{key} = {get(key)} is not supported; expected {head_dim}"
+                f"{file.path}: {architecture}.{key} = {number(key)} is not supported; expected {head_dim}"
             )
+    layers = len({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})
+    if number("block_count") != layers:
+        raise ValueError(
+            f"{file.path}: {architecture}.block_count says {number('block_count')} layers, the tensors are those "
+            f"of {layers}"
+        )
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: the tensor 'token_embd.weight' is missing")
     config: dict[str, Any] = {
         "architectures": [_HF_ARCHITECTURE[architecture]],
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "hidden_size": width,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": number("context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_theta": get("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4),
+        "rope_theta": number("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4),
     }
-    if get("rope.scaling.type", "none") != "none":
-        config["rope_scaling"] = {"rope_type": get("rope.scaling.type"), "factor": get("rope.scaling.factor")}
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none":
+        config["rope_scaling"] = {"rope_type": scaling, "factor": number("rope.scaling.factor")}
     if architecture.startswith("gemma"):
-        config |= _gemma_fields(file, architecture, head_dim, heads)
-    elif get("attention.sliding_window", 0):
+        by_width = (architecture, layers) in _QUERY_SCALED_BY_WIDTH
+        config["query_pre_attn_scalar"] = width // heads if by_width else head_dim
+        config |= _gemma_fields(metadata, architecture)
+    elif metadata.get(f"{architecture}.attention.sliding_window"):
         raise ValueError(
             f"{file.path}: {architecture}.attention.sliding_window is not supported in GGUF files"
         )
-    spec = spec_from_config(config)
+    try:
+        spec = spec_from_config(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.path}: {error} (metadata as the fields of a config.json)") from None
     if _ROPE_FREQUENCIES in file.tensors:
         spec = dataclasses.replace(spec, rope_scaling=_llama3_scaling(file, spec))
     return spec
 
 
-def _gemma_fields(file: GGUFFile, architecture: str, head_dim: int, heads: int) -> dict[str, Any]:
-    def given(key: str) -> Any:
-        return file.metadata.get(f"{architecture}.{key}")
-
-    by_width = (architecture, given("block_count")) in _QUERY_SCALED_BY_WIDTH
+def _gemma_fields(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Windows and soft caps; what a file leaves out is what its architecture always has, as the family's defaults."""
     fields = {
-        "query_pre_attn_scalar": given("embedding_length") // heads if by_width else head_dim,
-        "sliding_window": given("attention.sliding_window"),
-        "rope_local_base_freq": given("rope.freq_base_swa"),
-        "attn_logit_softcapping": given("attn_logit_softcapping"),
-        "final_logit_softcapping": given("final_logit_softcapping"),
+        "sliding_window": metadata.get(f"{architecture}.attention.sliding_window"),
+        "rope_local_base_freq": metadata.get(f"{architecture}.rope.freq_base_swa"),
+        "attn_logit_softcapping": metadata.get(f"{architecture}.attn_logit_softcapping"),
+        "final_logit_softcapping": metadata.get(f"{architecture}.final_logit_softcapping"),
     }
-    pattern = given("attention.sliding_window_pattern")
+    pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         fields["layer_types"] = [LOCAL if local else GLOBAL for local in pattern.tolist()]
     else:
         fields["sliding_window_pattern"] = pattern
-    # What the file leaves out is what its architecture always has; the defaults of the family say so.
     return {key: value for key, value in fields.items() if value is not None}
 
 

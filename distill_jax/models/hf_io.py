@@ -230,6 +230,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes contiguous arrays; transformers wants the "format" entry. Readable by whoever may read the folder."""
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes its files private
+
+
 def write_hf_params(
     folder: Path, module: Decoder, params: Params, adapter: Params | None, scale: float, max_shard_bytes: int
 ) -> None:
@@ -261,7 +267,7 @@ def write_hf_params(
                 current = (weight, _merged(params, adapter, scale, weight))
             layer = current[1][index] if weight.is_stacked else current[1]
             tensors[weight.hf.format(index)] = weight.to_stored(layer)
-        save_file(tensors, folder / name, {"format": "pt"})
+        _save_tensors(tensors, folder / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(plan) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -310,7 +316,7 @@ def write_peft_adapter(folder: Path, module: Decoder, adapter: Params, scale: fl
     if len(ranks) != 1:
         raise ValueError(f"a PEFT adapter has one rank, this one has {sorted(ranks)}")
     (rank,) = ranks
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    _save_tensors(tensors, folder / "adapter_model.safetensors")
     write_json(
         folder / "adapter_config.json",
         {

@@ -75,9 +75,13 @@ class ModelSpec:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.activation not in ("silu", "gelu_tanh"):
-            raise ValueError(f"activation {self.activation!r} is not supported; expected 'silu' or 'gelu_tanh'")
+            raise ValueError(
+                f"activation {self.activation!r} is not supported; expected 'silu' or 'gelu_tanh'"
+            )
         if self.layer_is_local and len(self.layer_is_local) != self.n_layers:
-            raise ValueError(f"layer_is_local has {len(self.layer_is_local)} entries for {self.n_layers} layers")
+            raise ValueError(
+                f"layer_is_local has {len(self.layer_is_local)} entries for {self.n_layers} layers"
+            )
         if any(self.layer_is_local) and not self.sliding_window:
             raise ValueError("layer_is_local names local layers, but sliding_window is not set")
 

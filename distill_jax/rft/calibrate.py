@@ -255,10 +255,11 @@ class _Run:
         unscorable, limit = original.not_same_bytes + original.does_not_fit, self.config.unscorable_limit
         if unscorable > limit:
             raise ValueError(
-                f"the proxy cannot score {unscorable:.1%} of {len(self.validation_problems)} texts of the original "
-                f"teacher, more than unscorable_limit={limit:.1%}: {original.not_same_bytes:.1%} do not come out of "
-                f"both tokenizers byte for byte the same, {original.does_not_fit:.1%} are longer than proxy_prompt_sizes="
-                f"{self.config.proxy_prompt_sizes} or proxy_completion_sizes={self.config.proxy_completion_sizes}; "
+                f"the proxy cannot score {unscorable:.1%} of {len(self.validation_problems)} texts of the "
+                f"original teacher, more than unscorable_limit={limit:.1%}: {original.not_same_bytes:.1%} do not "
+                f"come out of both tokenizers byte for byte the same, {original.does_not_fit:.1%} are longer than "
+                f"proxy_prompt_sizes={self.config.proxy_prompt_sizes} or "
+                f"proxy_completion_sizes={self.config.proxy_completion_sizes}; "
                 "choose another proxy, or larger sizes"
             )
         return _Record(original, original, highest=original.objective(self.arm))

@@ -14,7 +14,7 @@ from distill_jax.rft.texts import PROMPT_STYLES
 ARMS = ("control", "distillable", "undistillable")
 DEFAULT_RFT = RftConfig()
 DEFAULT_ADAPTER = AdapterConfig(rank=8, alpha=16.0)
-DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, final_fraction=1.0)
+DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, final_fraction=0.1)
 # Which division of the group's deviations belongs to an algorithm.
 _SCALE_OF = {"dr_grpo": "none", "rloo": "leave_one_out"}
 
@@ -28,7 +28,8 @@ class CalibrationConfig:
       prompts_per_step: Q; a batch has Q * rft.num_samples rows.
       updates_per_batch: optimiser steps on one batch; more than one makes the later ones off-policy
         (clipped).
-      rft, adapter, optimizer: see their classes. A rate that is never warmed up suits 30 steps.
+      rft, adapter, optimizer: see their classes. The rate falls over the run: once the style has converged, what is
+        left to learn from is noise.
       trainable: "adapter", or "params" for full fine-tuning.
 
       units: of the calibration reward: "per_byte", "per_token" or "sum".

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from distill_jax.distribution import check_distribution
 from distill_jax.logprobs import score_completions
-from distill_jax.mesh import constrain, named_sharding
+from distill_jax.mesh import constrain, named_sharding, replicated
 from distill_jax.models.decoder import Decoder, Params
 from distill_jax.rft import losses
 from distill_jax.rft.advantages import check_groups
@@ -125,9 +125,27 @@ RftStep = Callable[[RftState, Params | None, RftBatch], tuple[RftState, dict[str
 
 
 def init_rft_state(trainable: Params, optimizer: optax.GradientTransformation) -> RftState:
-    """A state at step 0. The trainable tree is copied, shardings kept, because the step donates its state."""
+    """A state at step 0, laid out as the step's outputs are: moments as the trainable tree, counters replicated.
+
+    The trainable tree is copied, because the step donates its state.
+    """
     trainable = jax.tree.map(jnp.copy, trainable)
-    return RftState(jnp.int32(0), trainable, optimizer.init(trainable), jnp.int32(0))
+    first = jax.tree.leaves(trainable)[0]
+    state = RftState(jnp.int32(0), trainable, optimizer.init(trainable), jnp.int32(0))
+    if not first.committed:
+        return state
+    # An array that is bound to its device and one that is not are two compilations, so all are bound.
+    mesh = first.sharding.mesh if isinstance(first.sharding, NamedSharding) else None
+    everywhere = first.sharding if mesh is None else replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda moment, leaf: jax.device_put(moment, leaf.sharding),
+        state.opt_state,
+        trainable,
+        transform_non_params=lambda leaf: jax.device_put(leaf, everywhere),
+    )
+    step, skipped = jax.device_put((state.step, state.skipped), everywhere)
+    return RftState(step, trainable, opt_state, skipped)
 
 
 def rft_gradients(

@@ -29,7 +29,7 @@ class StudentState:
     skipped: jax.Array
 
 
-StudentStep = Callable[[StudentState, Params | None, Sequences], tuple[StudentState, dict[str, jax.Array]]]
+StudentStep = Callable[..., tuple[StudentState, dict[str, jax.Array]]]
 
 
 def cross_entropy(
@@ -67,13 +67,14 @@ def make_student_step(
     logit_chunk: int = 64,
     replicas: int = 0,
 ) -> StudentStep:
-    """Makes `(state, base_params, batch) -> (state, metrics)`, jitted, the state donated.
+    """Makes `(state, base_params, batch, learning_rate=1.0) -> (state, metrics)`, jitted, the state donated.
 
     loss = sum over completion tokens of -log p / number of completion tokens in the batch
 
     Args:
       module: the student's decoder.
-      optimizer: see `optimizer.make_optimizer`.
+      optimizer: see `optimizer.make_optimizer`. The step multiplies its update by `learning_rate`: leave that at 1 for
+        an optimizer with a schedule of its own.
       trainable: "params" trains every weight (base_params is then ignored and may be None); "adapter" trains
         `state.trainable` as a low-rank adapter on frozen base_params.
       scale: factor of the adapter's product.
@@ -99,11 +100,13 @@ def make_student_step(
             total, count = cross_entropy(module, base, batch, adapter=tree, scale=scale, chunk=logit_chunk)
         return total / jnp.maximum(count, 1), count
 
-    def step(state: StudentState, base: Params | None, batch: Sequences) -> tuple[StudentState, dict[str, jax.Array]]:
+    def step(
+        state: StudentState, base: Params | None, batch: Sequences, learning_rate: jax.Array
+    ) -> tuple[StudentState, dict[str, jax.Array]]:
         (value, count), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable, base, batch)
         norm = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        tree = optax.apply_updates(state.trainable, updates)
+        tree = optax.apply_updates(state.trainable, jax.tree.map(lambda u: learning_rate * u, updates))
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -116,8 +119,20 @@ def make_student_step(
             jax.tree.map(keep, opt_state, state.opt_state),
             skipped,
         )
-        metrics = {"loss": value, "grad_norm": norm, "tokens": count, "skipped_steps": skipped.astype(jnp.float32)}
+        metrics = {
+            "loss": value,
+            "grad_norm": norm,
+            "tokens": count,
+            "skipped_steps": skipped.astype(jnp.float32),
+        }
         return new_state, metrics
 
-    mapped = jax.vmap(step, in_axes=(0, None, 0)) if replicas else step
-    return jax.jit(mapped, donate_argnums=0)
+    mapped = jax.vmap(step, in_axes=(0, None, 0, None)) if replicas else step
+    jitted = jax.jit(mapped, donate_argnums=0)
+
+    def call(
+        state: StudentState, base: Params | None, batch: Sequences, learning_rate: float = 1.0
+    ) -> tuple[StudentState, dict[str, jax.Array]]:
+        return jitted(state, base, batch, jnp.float32(learning_rate))
+
+    return call

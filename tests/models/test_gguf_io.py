@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from tests.models.small_models import GOLDENS, answers, stored_weights
 
 from distill_jax.models.decoder import Decoder, rotary_frequencies
 from distill_jax.models.gguf_file import read_gguf
@@ -23,6 +22,7 @@ from distill_jax.models.gguf_io import gguf_spec, read_gguf_params
 from distill_jax.models.model import Model, load_model
 from distill_jax.models.spec import ModelSpec, RopeScaling
 from distill_jax.text.tokenizers import Tokenizer
+from tests.models.small_models import GOLDENS, answers, stored_weights
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -65,7 +65,7 @@ def converted_tensors(name: str, spec: ModelSpec) -> dict[str, np.ndarray]:
         key = key.removeprefix("language_model.")
         if key.startswith(("vision_tower", "multi_modal_projector")):
             continue
-        if architecture == "llama" and ".q_proj." in key or architecture == "llama" and ".k_proj." in key:
+        if architecture == "llama" and (".q_proj." in key or ".k_proj." in key):
             heads = spec.n_heads if ".q_proj." in key else spec.n_kv_heads
             halves = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
             value = halves.swapaxes(1, 2).reshape(value.shape)
@@ -111,7 +111,12 @@ def write_gguf(
     for key, value in (values | (settings or {})).items():
         if value is None:
             continue
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
         add[type(value)](f"{architecture}.{key}", value)
     for key, value in (converted_tensors(name, spec) if tensors is None else tensors).items():
         kind = (kinds or {}).get(key, Kind.F32)
@@ -134,7 +139,9 @@ def load(path: Path) -> Model:
 def test_a_converted_model_is_the_same_model(name, tmp_path):
     model = load_model(GOLDENS / name)
     spec, settings = model.spec, {}
-    if name == "llama3":  # Llama's files keep no more than the divisors; only the released settings can be told from them
+    if (
+        name == "llama3"
+    ):  # Llama's files keep no more than the divisors; only the released settings can be told from them
         spec = dataclasses.replace(spec, rope_scaling=RopeScaling("llama3", 8.0))
     if name == "gemma3_text":  # not the family's usual pattern, so the file spells it out
         settings["attention.sliding_window_pattern"] = list(spec.layer_is_local)
@@ -144,7 +151,9 @@ def test_a_converted_model_is_the_same_model(name, tmp_path):
     assert again.spec == spec
     # Adding and taking away Gemma's 1 rounds.
     tolerance = 2e-7 if name.startswith("gemma") else 0.0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), again.params, model.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), again.params, model.params
+    )
 
 
 def test_a_llama_file_gives_the_logits_of_transformers(tmp_path):
@@ -174,7 +183,8 @@ def test_the_header_is_read_as_the_gguf_package_reads_it(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", "llama", spec, settings=settings)
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)
     for key, field in theirs.fields.items():
-        if not key.startswith("GGUF."):
+        if key.startswith("GGUF."):
+            continue
             np.testing.assert_array_equal(ours.metadata[key], field.contents())
     assert len(ours.metadata) == len(theirs.fields) - 3
     assert [tensor.name for tensor in theirs.tensors] == list(ours.tensors)
@@ -187,7 +197,9 @@ def test_the_header_is_read_as_the_gguf_package_reads_it(tmp_path):
 def test_the_query_scale_of_the_largest_gemma_is_by_width(tmp_path):
     """Gemma 3 27B (62 layers) scales queries by d_model / n_heads; nothing in the file says so."""
     spec = ModelSpec("gemma3", 128, 48, 62, 2, 1, 16, 8, sliding_window=4, layer_is_local=(True,) * 62)
-    path = write_gguf(tmp_path / "model.gguf", "gemma3", spec, tensors={"token_embd.weight": np.zeros((128, 48), "f4")})
+    tensors = {f"blk.{layer}.attn_norm.weight": np.ones(48, np.float32) for layer in range(62)}
+    tensors["token_embd.weight"] = np.zeros((128, 48), np.float32)
+    path = write_gguf(tmp_path / "model.gguf", "gemma3", spec, tensors=tensors)
     assert gguf_spec(read_gguf(path)).query_scale == pytest.approx(24**-0.5)
 
 
@@ -254,7 +266,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path):
         load(path)
     del tensors["token_embd.weight"]
     path = write_gguf(tmp_path / "other.gguf", "llama", spec, tensors=tensors)
-    with pytest.raises(ValueError, match="'token_embd.weight' is missing"):
+    with pytest.raises(ValueError, match=r"'token_embd.weight' is missing"):
         load(path)
 
 
@@ -267,6 +279,10 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path):
         ({"attention.sliding_window": 16}, "sliding_window"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
         ({"block_count": None}, "llama.block_count is missing"),
+        ({"block_count": 5}, "block_count says 5 layers, the tensors are those of 3"),
+        ({"attention.head_count": "four"}, "attention.head_count must be a positive number, got 'four'"),
+        ({"feed_forward_length": 0}, "feed_forward_length must be a positive number, got 0"),
+        ({"attention.head_count_kv": 3}, "n_kv_heads 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -280,7 +296,7 @@ def test_other_rope_divisors_and_architectures_are_refused(tmp_path):
     spec = load_model(GOLDENS / "llama").spec
     tensors = converted_tensors("llama", spec) | {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}
     path = write_gguf(tmp_path / "model.gguf", "llama", spec, tensors=tensors)
-    with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3's"):
+    with pytest.raises(ValueError, match=r"rope_freqs.weight is not Llama 3's"):
         load(path)
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
     writer.write_header_to_file()

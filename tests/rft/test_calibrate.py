@@ -141,6 +141,21 @@ def test_task_reward_rises_and_style_is_named(tmp_path):
     )
 
 
+def test_arms_move_the_gap_in_opposite_directions(tmp_path):
+    """Same teacher, seed and length of run; only the arm differs."""
+    config = dataclasses.replace(
+        CONFIG, steps=30, prompts_per_step=8, validation_every=30, checkpoint_every=30, validation_problems=64
+    )
+    gap = {}
+    for arm in ("distillable", "undistillable"):
+        run(tmp_path / arm, arm, 1.0, dataclasses.replace(config, within_correct=False))
+        first, last = (
+            r["validation_gap"] for r in rows(tmp_path / arm / "metrics.jsonl") if "validation_gap" in r
+        )
+        gap[arm] = last - first
+    assert gap["distillable"] < -0.2 and gap["undistillable"] > 0.2
+
+
 def test_span_credit_many_updates_and_full_fine_tuning(tmp_path):
     config = dataclasses.replace(
         CONFIG, steps=2, credit="span", trainable="params", updates_per_batch=2, numerator="current"

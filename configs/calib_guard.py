@@ -1,0 +1,252 @@
+"""Calibrate a teacher in both directions, distil students from it, show the knob.
+
+    python launch/tpu_run.py --config=configs/calib_guard.py[:PAIR] --workdir=DIR [--config.FIELD=VALUE ...]
+
+PAIR names the models:
+
+tiny (default)  everything from nothing: a 0.45M-parameter teacher (byte-level BPE), a 0.04M proxy and two kinds of
+                0.03M to 0.04M students (bytes, BPE) on chain_arithmetic. Two CPU cores; --config.smoke=True
+                shows every stage quickly and proves nothing.
+gemma3_270m     teacher Gemma 3 270M, proxy and student SmolLM2-135M (other family, other kind of tokenizer), task
+                reasoning-gym. Needs the demo-models packages. Full size: one 16 GiB accelerator;
+                --config.smoke=True: two CPU cores and 16 GiB.
+gemma3_12b      Gemma 3 12B / 4B / 1B, the trio of arXiv 2604.18963. 16 TPU v5e chips, weights from folders of yours.
+qwen3_8b        Qwen3 8B / 1.7B / 0.6B, the other trio. 16 TPU v5e chips, weights from folders of yours.
+
+--config.stages="()" prints the plan (models, mesh, batches, memory) and runs nothing.
+--config.budget_curve=full adds 4x and 8x the student budget with one seed, to see where a guard breaks.
+"""
+
+from typing import Any
+
+from ml_collections import config_dict
+
+from distill_jax.models.adapter import AdapterConfig
+from distill_jax.models.presets import PRESETS
+from distill_jax.models.spec import ModelSpec
+from distill_jax.optimizer import OptimizerConfig
+from distill_jax.pipeline.settings import (
+    STAGES,
+    Distillation,
+    Evaluation,
+    Phase,
+    Role,
+    to_config,
+    with_full_values,
+)
+from distill_jax.rft.config import CalibrationConfig
+from distill_jax.rft.losses import KLAnchor
+from distill_jax.rft.step import RftConfig
+from distill_jax.students.train import StudentConfig
+
+ETA = {
+    "control": 0.0,
+    "distillable": 0.5,
+    "undistillable": 0.5,
+}  # strength of each calibrated arm; control is 0
+
+
+def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
+    """The config of a pair. `smoke_values` says what smoke mode changes; a field that you set yourself stays."""
+    pairs = {"tiny": _tiny, "gemma3_270m": _gemma3_270m, "gemma3_12b": _gemma3_12b, "qwen3_8b": _qwen3_8b}
+    pair = arg or "tiny"
+    if pair not in pairs:
+        raise ValueError(f"pair {pair!r} does not exist; choose from {sorted(pairs)}")
+    config = config_dict.ConfigDict()
+    config.pair = pair
+    config.seed = 0  # of everything: base models, calibration, students
+    config.stages = STAGES  # in order; finished ones are skipped; () prints the plan
+    config.smoke = False  # every stage at a size that proves nothing
+    config.budget_curve = "short"  # "full": larger student budgets with one seed
+    config.mesh = "data=-1"  # sizes of data, fsdp, tensor; -1 is the rest of the devices
+    config.dtype = "float32"  # of weights and computation
+    config.remat = "dots"  # "none", "dots" or "full": what the backward pass computes again
+    config.eta = config_dict.ConfigDict(ETA)
+    config.bpe_vocab_size = 512  # at most; of BPE tokenizers that are trained in the run
+    config.base_optimizer = to_config(OptimizerConfig("muon", 0.01, warmup_steps=20, weight_decay=0.05))
+    smoke = pairs[pair](config)
+    config.smoke_values = with_full_values(config, smoke)  # (field, full value, smoke value)
+    return config
+
+
+def _fill(
+    config: config_dict.ConfigDict,
+    roles: dict[str, Role],
+    students: dict[str, Role],
+    calibration: CalibrationConfig,
+    distillation: Distillation,
+    evaluation: Evaluation,
+) -> None:
+    config.roles = to_config(roles)
+    config.students = to_config(students)
+    config.calibration = to_config(calibration)
+    # A batch is said in rows: it must divide by the rollouts of a prompt.
+    config.calibration.batch_size = calibration.prompts_per_step * calibration.rft.num_samples
+    del config.calibration.prompts_per_step
+    config.distillation = to_config(distillation)
+    config.evaluation = to_config(evaluation)
+
+
+def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
+    def spec(layers: int, width: int, heads: int, wide: int) -> ModelSpec:
+        # The vocabulary is what the run's tokenizer turns out to have.
+        return ModelSpec(
+            "llama", 259, width, layers, heads, heads, width // heads, wide, tie_embeddings=False
+        )
+
+    # A style that the teacher masters and that is beyond a small student for a long time (two operations a step),
+    # learned first, then mixed with the easy one that it would write most of the time.
+    teacher = Role(
+        "train",
+        spec(4, 96, 4, 256),
+        tokenizer="bpe",
+        phases=(
+            Phase(2400, 0.01, (("explicit", 0.4), ("folded", 0.6)), (3, 5), 32),
+            Phase(300, 0.003, (("explicit", 0.6), ("folded", 0.4)), (3, 5), 32),
+        ),
+        prompt_style="raw",
+    )
+    small = {
+        "phases": (Phase(600, 0.01, (("explicit", 6.0), ("result_first", 1.0), ("terse", 1.0)), (1, 4)),)
+    }
+    proxy = Role("train", spec(2, 32, 4, 86), "bytes", prompt_style="raw", seed=1, **small)
+    students = {
+        "bytes": Role("train", spec(2, 32, 4, 86), "bytes", prompt_style="raw", seed=2, **small),
+        "bpe": Role("train", spec(2, 32, 4, 86), "bpe", prompt_style="raw", seed=3, **small),
+    }
+    config.task = config_dict.create(name="chain_arithmetic", options=config_dict.create(operations=(3, 5)))
+    calibration = CalibrationConfig(
+        steps=20,
+        prompts_per_step=16,
+        rft=RftConfig(num_samples=8, kl=KLAnchor("k1", "reward", 0.02), logit_chunk=64),
+        adapter=AdapterConfig(rank=8, alpha=16.0, targets=("attn", "mlp", "head")),
+        optimizer=OptimizerConfig("adamw", 1e-3, warmup_steps=0, final_fraction=1.0),
+        prompt_sizes=(16,),
+        completion_size=40,
+        proxy_prompt_sizes=(16,),
+        proxy_completion_sizes=(48,),
+        validation_problems=128,
+        validation_batch=128,
+        validation_every=5,
+        rollouts_every=5,
+        checkpoint_every=5,
+    )
+    distillation = Distillation(
+        samples=2048,
+        steps=400,
+        training=StudentConfig(
+            batch_size=64, optimizer=OptimizerConfig("muon", 0.005, 20, weight_decay=0.05)
+        ),
+        prompt_sizes=(16,),
+        completion_sizes=(48,),
+        long_budgets=(4.0, 8.0),
+    )
+    _fill(config, {"teacher": teacher, "proxy": proxy}, students, calibration, distillation, Evaluation())
+    mix = (("explicit", 0.6), ("folded", 0.4))
+    short = to_config((Phase(40, 0.01, mix, (3, 5), 32),))
+    return {
+        # Enough to write text; less, and the bytes of a sample are no text that the proxy could read.
+        "roles.teacher.phases": to_config((Phase(150, 0.01, mix, (3, 5), 32),)),
+        "roles.proxy.phases": short,
+        "students.bytes.phases": short,
+        "students.bpe.phases": short,
+        "calibration.steps": 2,
+        "calibration.unscorable_limit": 0.5,
+        "calibration.validation_problems": 32,
+        "calibration.validation_batch": 32,
+        "distillation.samples": 64,
+        "distillation.steps": 10,
+        "evaluation.problems": 64,
+        "evaluation.batch": 64,
+    }
+
+
+def _loaded(
+    teacher: Role, proxy: Role, student: Role, prompt: int, completion: int
+) -> tuple[dict[str, Role], dict[str, Role], CalibrationConfig, Distillation]:
+    """The full-size setting that all pairs of published models share."""
+    calibration = CalibrationConfig(
+        steps=100,
+        prompts_per_step=32,
+        rft=RftConfig(
+            num_samples=8, clip_high=0.28, kl=KLAnchor("k1", "reward", 0.02), micro_batches=8, logit_chunk=32
+        ),
+        adapter=AdapterConfig(rank=32, alpha=64.0),
+        optimizer=OptimizerConfig("adamw", 1e-4, warmup_steps=5, final_fraction=1.0),
+        prompt_sizes=(prompt // 2, prompt),
+        completion_size=completion,
+        proxy_prompt_sizes=(prompt, 2 * prompt),
+        proxy_completion_sizes=(completion, 2 * completion),
+        validation_problems=256,
+        validation_every=10,
+        rollouts_every=10,
+        checkpoint_every=10,
+    )
+    distillation = Distillation(
+        samples=8192,
+        steps=1000,
+        training=StudentConfig(
+            batch_size=32,
+            optimizer=OptimizerConfig("adamw", 2e-4, warmup_steps=50),
+            trainable="adapter",
+            adapter=AdapterConfig(rank=64, alpha=128.0),
+            logit_chunk=32,
+            checkpoint_every=200,
+        ),
+        prompt_sizes=(2 * prompt,),
+        completion_sizes=(2 * completion,),
+    )
+    return {"teacher": teacher, "proxy": proxy}, {"student": student}, calibration, distillation
+
+
+_SMOKE = {
+    "calibration.steps": 3,
+    "calibration.batch_size": 16,
+    "calibration.rft.num_samples": 4,
+    "calibration.rft.micro_batches": 4,
+    "calibration.validation_problems": 16,
+    "calibration.validation_batch": 16,
+    "calibration.validation_every": 3,
+    "distillation.samples": 64,
+    "distillation.steps": 8,
+    "distillation.budgets": (1.0,),
+    "distillation.seeds": 3,
+    "distillation.training.batch_size": 8,
+    "evaluation.problems": 32,
+    "evaluation.batch": 32,
+}
+
+
+def _reasoning_gym(config: config_dict.ConfigDict, dataset: str, shots: int) -> None:
+    config.task = config_dict.create(
+        name="reasoning_gym", options=config_dict.create(dataset=dataset, shots=shots)
+    )
+
+
+def _gemma3_270m(config: config_dict.ConfigDict) -> dict[str, Any]:
+    smollm2 = Role("smollm2-135m", PRESETS["smollm2-135m"], prompt_style="raw")
+    teacher = Role("gemma3-270m", PRESETS["gemma3-270m"], prompt_style="raw")
+    _reasoning_gym(config, "chain_sum", 2)
+    config.remat = "full"
+    _fill(config, *_loaded(teacher, smollm2, smollm2, 160, 64), Evaluation(batch=64))
+    return _SMOKE
+
+
+def _gemma3_12b(config: config_dict.ConfigDict) -> dict[str, Any]:
+    teacher = Role("gemma-3-12b-it", PRESETS["gemma3-12b"], prompt_style="chat")
+    proxy = Role("gemma-3-1b-it", PRESETS["gemma3-1b"], prompt_style="chat")
+    student = Role("gemma-3-4b-it", PRESETS["gemma3-4b"], prompt_style="chat")
+    _reasoning_gym(config, "gsm_symbolic", 0)
+    config.mesh, config.dtype, config.remat = "fsdp=16", "bfloat16", "full"
+    _fill(config, *_loaded(teacher, proxy, student, 512, 512), Evaluation(batch=128))
+    return _SMOKE
+
+
+def _qwen3_8b(config: config_dict.ConfigDict) -> dict[str, Any]:
+    teacher = Role("Qwen3-8B", PRESETS["qwen3-8b"], prompt_style="chat")
+    proxy = Role("Qwen3-0.6B", PRESETS["qwen3-0.6b"], prompt_style="chat")
+    student = Role("Qwen3-1.7B", PRESETS["qwen3-1.7b"], prompt_style="chat")
+    _reasoning_gym(config, "gsm_symbolic", 0)
+    config.mesh, config.dtype, config.remat = "fsdp=16", "bfloat16", "full"
+    _fill(config, *_loaded(teacher, proxy, student, 512, 512), Evaluation(batch=128))
+    return _SMOKE

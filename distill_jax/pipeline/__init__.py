@@ -1,0 +1,93 @@
+"""The pipeline: a config's stages in order, each skipped when its result already stands in the workdir.
+
+prepare -> calibrate (arms) -> distil (arms x kinds of student x seeds) -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from distill_jax.checkpoint import read_json
+from distill_jax.mesh import make_mesh
+from distill_jax.pipeline.arms import calibrate_arms, make_task
+from distill_jax.pipeline.distil import ATTACK, distil
+from distill_jax.pipeline.evaluate import evaluate
+from distill_jax.pipeline.plan import format_plan
+from distill_jax.pipeline.prepare import load_role, prepare
+from distill_jax.pipeline.settings import STAGES, Settings, from_config, read_settings, to_config
+from distill_jax.pipeline.workdir import is_done, open_workdir, plain_config, stage_clock
+from distill_jax.report import Setting, summarise, summary_table, write_report, write_summary
+
+__all__ = ["STAGES", "Settings", "from_config", "read_settings", "run", "to_config"]
+
+
+def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> dict[str, Any] | None:
+    """Runs the stages of a config and returns the summary; without stages it prints the plan and returns None.
+
+    Args:
+      config: from a config file's `get_config`.
+      workdir: folder of the run; a new one under runs/ by default. A second start goes on where the first stopped.
+
+    Raises:
+      ValueError: a setting out of range, a mesh that does not fit, models or tokenizers that do not go together, or a
+        workdir of another config.
+      FileNotFoundError: weights that are not there; says what to install.
+    """
+    settings = read_settings(config)
+    make_task(settings)  # an unknown task or option is refused before anything is made
+    if not settings.stages:
+        print(format_plan(settings))
+        return None
+    folder = Path(workdir or f"runs/{settings.pair}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
+    mesh = make_mesh(settings.mesh)
+    open_workdir(folder, plain_config(config))
+    work = {"prepare": prepare, "calibrate": calibrate_arms, "distil": distil, "evaluate": evaluate}
+    for stage in STAGES[:-1]:
+        if stage in settings.stages and not is_done(folder, stage):
+            print(f"== {stage}", flush=True)
+            with stage_clock(folder, stage):
+                work[stage](settings, mesh, folder)
+    if "report" not in settings.stages:
+        return None
+    return _report(settings, mesh, folder)
+
+
+def _report(settings: Settings, mesh: Mesh, folder: Path) -> dict[str, Any]:
+    """Made anew at each start: it is cheap, and reads nothing but results."""
+    print("== report", flush=True)
+    with stage_clock(folder, "report"):
+        summary = summarise(
+            folder,
+            read_json(folder / "config.json"),
+            read_json(folder / "environment.json"),
+            _setting(settings, mesh, folder),
+        )
+    write_summary(folder, summary)
+    page = write_report(folder, summary)
+    print(summary_table(summary))
+    print(f"report: {page}")
+    return summary
+
+
+def _setting(settings: Settings, mesh: Mesh, folder: Path) -> Setting:
+    """What the students were given, for the words of every claim."""
+    parameters, descriptions = {}, {}
+    how = "all weights" if settings.distillation.training.trainable == "params" else "a low-rank adapter"
+    for kind, role in settings.students.items():
+        spec = role.spec
+        if role.source == "train" and (folder / "models" / f"student_{kind}" / "config.json").exists():
+            spec = load_role(settings, mesh, folder, f"student_{kind}").spec
+        parameters[kind] = spec.num_params
+        descriptions[kind] = f"{spec.n_layers} layers, width {spec.d_model}, {how} trained"
+    return Setting(
+        samples=settings.distillation.samples,
+        steps=settings.distillation.steps,
+        student_parameters=parameters,
+        student_descriptions=descriptions,
+        attack=ATTACK,
+    )

@@ -1,0 +1,97 @@
+"""Stage calibrate: the teacher of every arm, one set of weights and an adapter each."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from distill_jax.checkpoint import load_tree, read_json
+from distill_jax.models.adapter import adapter_scale, init_adapter
+from distill_jax.models.decoder import Params
+from distill_jax.models.model import Model
+from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.settings import Settings
+from distill_jax.rft.calibrate import calibrate
+from distill_jax.tasks import Task, chain_arithmetic, get_task
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A teacher as the rest of the run sees it: weights (the original's, or its own), adapter and its factor."""
+
+    name: str
+    model: Model
+    adapter: Params | None
+    scale: float
+
+
+def make_task(settings: Settings) -> Task:
+    """The run's task."""
+    return get_task(settings.task, **settings.task_options)
+
+
+def style_of(settings: Settings, completion: str) -> str | None:
+    """The style that a completion is written in, for tasks that know styles."""
+    return chain_arithmetic.style_of(completion) if settings.task == "chain_arithmetic" else None
+
+
+def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
+    """Calibrates every arm that is not finished yet."""
+    waiting = [arm for arm in settings.eta if not (workdir / "arms" / arm / "calibration.json").exists()]
+    if not waiting:
+        return
+    teacher = load_role(settings, mesh, workdir, "teacher")
+    proxy = load_role(settings, mesh, workdir, "proxy")
+    config = dataclasses.replace(
+        settings.calibration,
+        prompt_style=settings.roles["teacher"].prompt_style,
+        proxy_prompt_style=settings.roles["proxy"].prompt_style,
+    )
+    for arm in waiting:
+        result = calibrate(
+            teacher,
+            proxy,
+            make_task(settings),
+            arm,
+            settings.eta[arm],
+            config,
+            workdir / "arms" / arm,
+            seed=settings.seed,
+            style_of=lambda text: style_of(settings, text),
+        )
+        print(
+            f"calibrate/{arm}: best after step {result.best_step} of {result.steps} (stopped: {result.stopped}), "
+            f"gap {result.original.gap_per_byte:.3f} -> {result.best.gap_per_byte:.3f} nats a byte, greedy accuracy "
+            f"{result.original.accuracy:.3f} -> {result.best.accuracy:.3f}",
+            flush=True,
+        )
+
+
+def load_arm(settings: Settings, workdir: Path, teacher: Model, name: str) -> Arm:
+    """The calibrated teacher of an arm; "original" is the teacher itself.
+
+    Raises:
+      FileNotFoundError: the arm has not been calibrated.
+    """
+    if name == "original":
+        return Arm(name, teacher, None, 1.0)
+    folder = workdir / "arms" / name
+    if not (folder / "calibration.json").exists():
+        raise FileNotFoundError(
+            f"arm {name!r} is not calibrated in {workdir}; run the stage 'calibrate' first"
+        )
+    config = settings.calibration
+    if config.trainable == "params":
+        params = load_tree(folder / "adapter", teacher.params)
+        return Arm(name, dataclasses.replace(teacher, params=params), None, 1.0)
+    abstract = init_adapter(teacher.module, config.adapter, jax.random.key(0))
+    return Arm(name, teacher, load_tree(folder / "adapter", abstract), float(adapter_scale(config.adapter)))
+
+
+def calibration_record(workdir: Path, arm: str) -> dict[str, Any]:
+    """calibration.json of an arm."""
+    return read_json(workdir / "arms" / arm / "calibration.json")

@@ -1,0 +1,248 @@
+"""Stage evaluate: every teacher and every student on the same held-out problems, greedily and sampled."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax.checkpoint import load_tree
+from distill_jax.models.adapter import adapter_scale
+from distill_jax.models.decoder import Decoder, Params
+from distill_jax.models.model import Model
+from distill_jax.pipeline.arms import Arm, load_arm, make_task, style_of
+from distill_jax.pipeline.distil import ATTACK, GOLD, cell, decode_texts, student_start
+from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.settings import Role, Settings
+from distill_jax.pipeline.workdir import read_rows, write_rows
+from distill_jax.rft.texts import encode_prompts, score_texts
+from distill_jax.sampling import RolloutBatch, SamplingConfig, row_keys, sample
+from distill_jax.sequences import pack_prompts
+from distill_jax.tasks.base import Problem, Task
+
+DECODINGS = ("greedy", "sample")
+_EVALUATION = 7  # purpose of random numbers
+
+
+def test_problems(settings: Settings) -> list[Problem]:
+    """The held-out problems, in one order for all."""
+    return make_task(settings).problems("test", settings.evaluation.problems, settings.seed)
+
+
+def evaluate(settings: Settings, mesh: Mesh, workdir: Path) -> None:
+    """Writes evaluation.jsonl and the last rollouts of each arm, and predictions.jsonl of each student seed."""
+    task, problems = make_task(settings), test_problems(settings)
+    _evaluate_teachers(settings, mesh, workdir, task, problems)
+    for kind, role in settings.students.items():
+        cells = [(arm, ATTACK) for arm in (GOLD, *settings.arms)] + [("base", "none")]
+        waiting = [c for c in cells if not _predicted(settings, workdir, c[0], c[1], kind)]
+        if not waiting:
+            continue
+        student = load_role(settings, mesh, workdir, f"student_{kind}")
+        for arm, attack in waiting:
+            _evaluate_cell(settings, workdir, student, role, task, problems, arm, attack, kind)
+
+
+def _predictions(workdir: Path, arm: str, attack: str, kind: str, seed: int) -> Path:
+    return workdir / "students" / arm / attack / kind / f"seed{seed}" / "predictions.jsonl"
+
+
+def _predicted(settings: Settings, workdir: Path, arm: str, attack: str, kind: str) -> bool:
+    seeds = range(1 if attack == "none" else settings.distillation.seeds)
+    return all(_predictions(workdir, arm, attack, kind, seed).exists() for seed in seeds)
+
+
+def _correct(settings: Settings, task: Task, problem: Problem, text: str, ended: bool) -> int:
+    return int(task.score(problem, text, ended) >= settings.calibration.correct_at)
+
+
+def _evaluate_teachers(
+    settings: Settings, mesh: Mesh, workdir: Path, task: Task, problems: list[Problem]
+) -> None:
+    waiting = [arm for arm in settings.arms if not (workdir / "arms" / arm / "evaluation.jsonl").exists()]
+    if not waiting:
+        return
+    teacher = load_role(settings, mesh, workdir, "teacher")
+    proxy = load_role(settings, mesh, workdir, "proxy")
+    for name in waiting:
+        arm = load_arm(settings, workdir, teacher, name)
+        rows, sampled = [], []
+        for decoding in DECODINGS:
+            temperature = 0.0 if decoding == "greedy" else settings.evaluation.temperature
+            key = jax.random.fold_in(jax.random.key(settings.seed), _EVALUATION)
+            texts = decode_texts(settings, arm, problems, temperature=temperature, key=key)
+            sampled = texts
+            rows += [
+                {
+                    "decoding": decoding,
+                    "problem": index,
+                    "correct": _correct(settings, task, problem, text["completion"], text["ended"]),
+                }
+                for index, (problem, text) in enumerate(zip(problems, texts, strict=True))
+            ]
+        _write_rollouts(settings, workdir, arm, teacher, proxy, task, problems, sampled)
+        write_rows(workdir / "arms" / name / "evaluation.jsonl", rows)
+
+
+def _write_rollouts(
+    settings: Settings,
+    workdir: Path,
+    arm: Arm,
+    teacher: Model,
+    proxy: Model,
+    task: Task,
+    problems: list[Problem],
+    texts: list[dict[str, Any]],
+) -> None:
+    """Adds samples of the finished teacher to its rollouts, the same problems in every arm, with the gap of each:
+    (log p of the original teacher - log p of the proxy) / bytes."""
+    config, count = settings.calibration, min(len(problems), max(128, settings.evaluation.rollouts))
+    chosen, kept = problems[:count], texts[:count]
+    questions = [problem.prompt for problem in chosen]
+    completions, ended = [row["completion"] for row in kept], np.array([row["ended"] for row in kept])
+    common = {"batch_size": min(64, count), "chunk": config.rft.logit_chunk}
+    original = score_texts(
+        teacher,
+        questions,
+        completions,
+        ended,
+        prompt_sizes=config.prompt_sizes,
+        completion_sizes=(config.completion_size,),
+        style=settings.roles["teacher"].prompt_style,
+        **common,  # type: ignore[arg-type]
+    )
+    small = score_texts(
+        proxy,
+        questions,
+        completions,
+        ended,
+        prompt_sizes=config.proxy_prompt_sizes,
+        completion_sizes=config.proxy_completion_sizes,
+        style=settings.roles["proxy"].prompt_style,
+        **common,  # type: ignore[arg-type]
+    )
+    usable = original.usable & small.usable & (original.bytes > 0)
+    gap = (original.lp - small.lp) / np.maximum(original.bytes, 1)
+    rows = [
+        {
+            "step": config.steps + 1,
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "completion": row["completion"],
+            "reward": float(task.score(problem, row["completion"], row["ended"])),
+            "gap_per_byte": float(gap[i]) if usable[i] else None,
+            "style": style_of(settings, row["completion"]),
+        }
+        for i, (problem, row) in enumerate(zip(chosen, kept, strict=True))
+    ]
+    path = workdir / "arms" / arm.name / "rollouts.jsonl"
+    earlier = [row for row in read_rows(path) if row["step"] <= config.steps] if path.exists() else []
+    write_rows(path, [*earlier, *rows])
+
+
+@functools.partial(jax.jit, static_argnames=("module", "config"))
+def _decode_students(
+    module: Decoder,
+    params: Params,
+    adapters: Params | None,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    scale: float,
+    config: SamplingConfig,
+) -> RolloutBatch:
+    """`sample` for R students at once: the weights (or the adapters) have a leading [R]."""
+
+    def one(tree: Params) -> RolloutBatch:
+        if adapters is None:
+            return sample(module, tree, tokens, lengths, keys, config)
+        return sample(module, params, tokens, lengths, keys, config, adapter=tree, scale=scale)
+
+    return jax.vmap(one)(params if adapters is None else adapters)
+
+
+def _evaluate_cell(
+    settings: Settings,
+    workdir: Path,
+    student: Model,
+    role: Role,
+    task: Task,
+    problems: list[Problem],
+    arm: str,
+    attack: str,
+    kind: str,
+) -> None:
+    """Writes the predictions of one cell: every budget, every seed, both decodings. "base" is the untrained student."""
+    config = settings.distillation
+    untrained = attack == "none"
+    seeds = 1 if untrained else config.seeds
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(seeds)]
+    budgets = {0: 0.0} if untrained else {**config.budget_steps, **config.long_budget_steps}
+    for steps, multiple in budgets.items():
+        replicas = 1 if untrained or steps in config.long_budget_steps else seeds
+        trees, base = student_start(settings, student, replicas)
+        if not untrained:
+            trees = load_tree(cell(workdir, arm, kind) / f"steps{steps}", trees)
+        for decoding in DECODINGS:
+            for seed, answers in enumerate(
+                _answers(settings, student, role, trees, base, problems, decoding)
+            ):
+                rows[seed] += [
+                    {
+                        "budget": multiple,
+                        "decoding": decoding,
+                        "problem": index,
+                        "correct": _correct(settings, task, problems[index], text, ended),
+                    }
+                    for index, (text, ended) in enumerate(answers)
+                ]
+    for seed in range(seeds):
+        write_rows(_predictions(workdir, arm, attack, kind, seed), rows[seed])
+
+
+def _answers(
+    settings: Settings,
+    student: Model,
+    role: Role,
+    trees: Params,
+    base: Params | None,
+    problems: list[Problem],
+    decoding: str,
+) -> list[list[tuple[str, bool]]]:
+    """(text, ended) of every problem, for each replica."""
+    tokenizer, evaluation = student.tokenizer, settings.evaluation
+    assert tokenizer is not None
+    config = SamplingConfig(
+        num_samples=1,
+        max_new_tokens=settings.distillation.completion_sizes[-1],
+        temperature=0.0 if decoding == "greedy" else evaluation.temperature,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    scale = 1.0 if base is None else float(adapter_scale(settings.distillation.training.adapter))
+    prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems], role.prompt_style)
+    keys = row_keys(jax.random.fold_in(jax.random.key(settings.seed), _EVALUATION), len(problems))
+    replicas = jax.tree.leaves(trees)[0].shape[0]
+    answers: list[list[tuple[str, bool]]] = [[] for _ in range(replicas)]
+    size = min(evaluation.batch, len(problems))
+    for start in range(0, len(problems), size):
+        chosen = np.minimum(np.arange(start, start + size), len(problems) - 1)
+        tokens, lengths = pack_prompts(
+            [prompts[i] for i in chosen], settings.distillation.prompt_sizes[-1], tokenizer.pad_id
+        )
+        params, adapters = (trees, None) if base is None else (base, trees)
+        batch = _decode_students(
+            student.module, params, adapters, tokens, lengths, keys[chosen], scale, config
+        )
+        ids, counts, ended = jax.device_get(
+            (batch.sequences.tokens[..., tokens.shape[1] :], batch.sequences.completion_length, batch.ended)
+        )
+        for replica in range(replicas):
+            for row in range(min(size, len(problems) - start)):
+                text = tokenizer.decode(ids[replica, row, : counts[replica, row]].tolist(), continuation=True)
+                answers[replica].append((text, bool(ended[replica, row])))
+    return answers

@@ -1,0 +1,115 @@
+"""What a config comes to, by arithmetic: models, mesh, batches, memory. Nothing is loaded or compiled."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.mesh import AXES
+from distill_jax.metrics import format_table
+from distill_jax.models.adapter import AdapterConfig
+from distill_jax.models.spec import ModelSpec
+from distill_jax.pipeline.prepare import all_roles
+from distill_jax.pipeline.settings import Settings
+
+GIB = 2**30
+
+
+def mesh_sizes(spec: str) -> dict[str, int]:
+    """Axis sizes of a mesh text; -1 takes the devices that this machine has, at least one."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, spec.split(",")):
+        name, _, size = part.partition("=")
+        if name.strip() not in AXES or not size.strip().lstrip("-").isdigit():
+            raise ValueError(f"mesh {spec!r}: {part!r} is not one of {', '.join(f'{a}=SIZE' for a in AXES)}")
+        sizes[name.strip()] = int(size)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    return {name: max(1, jax.device_count() // fixed) if size == -1 else size for name, size in sizes.items()}
+
+
+def adapter_params(spec: ModelSpec, config: AdapterConfig) -> int:
+    """Weights of an adapter: rank x (inputs + outputs) of every adapted kernel."""
+    d, heads, kv = spec.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    total = 0
+    if "attn" in config.targets:
+        total += spec.n_layers * (2 * (d + heads) + 2 * (d + kv))
+    if "mlp" in config.targets:
+        total += spec.n_layers * 3 * (d + spec.d_ff)
+    if "head" in config.targets and not spec.tie_embeddings:
+        total += d + spec.vocab_size
+    return config.rank * total
+
+
+def calibration_memory(settings: Settings) -> dict[str, float]:
+    """Bytes a device of the calibration stage, the largest of a run: part -> bytes."""
+    mesh = mesh_sizes(settings.mesh)
+    rows_cut, weights_cut = mesh["data"] * mesh["fsdp"], mesh["fsdp"] * mesh["tensor"]
+    width = jnp.dtype(settings.dtype).itemsize
+    teacher, proxy = settings.roles["teacher"].spec, settings.roles["proxy"].spec
+    config = settings.calibration
+    rows = config.prompts_per_step * config.rft.num_samples / rows_cut
+    slots = max(config.prompt_sizes) + config.completion_size
+    trained = adapter_params(teacher, config.adapter) if config.trainable == "adapter" else teacher.num_params
+    micro_rows = rows / config.rft.micro_batches
+    layers = teacher.n_layers if settings.remat == "full" else 8 * teacher.n_layers
+    return {
+        "teacher weights": teacher.num_params * width / weights_cut,
+        "proxy weights": proxy.num_params * width / weights_cut,
+        "trained weights, gradient, two moments": 4 * 4 * trained / weights_cut,
+        "key/value cache of the rollouts": 2
+        * teacher.n_layers
+        * rows
+        * slots
+        * teacher.n_kv_heads
+        * teacher.head_dim
+        * width
+        / mesh["tensor"],
+        "saved activations of a micro-batch": layers * micro_rows * slots * teacher.d_model * width,
+        "logits of a chunk": 2
+        * 4
+        * micro_rows
+        * config.rft.logit_chunk
+        * teacher.vocab_size
+        / mesh["tensor"],
+    }
+
+
+def format_plan(settings: Settings) -> str:
+    """The plan as text."""
+    mesh, config, students = mesh_sizes(settings.mesh), settings.calibration, settings.distillation
+    rows = [
+        (
+            name,
+            role.source,
+            role.spec.family,
+            role.spec.n_layers,
+            role.spec.d_model,
+            f"{role.spec.num_params / 1e6:.2f}M",
+        )
+        for name, role in all_roles(settings).items()
+    ]
+    memory = calibration_memory(settings)
+    budgets = ", ".join(f"{multiple:g}x = {steps}" for steps, multiple in students.budget_steps.items())
+    lines = [
+        f"pair {settings.pair}, task {settings.task} {dict(settings.task_options)}, seed {settings.seed}",
+        "",
+        format_table(rows, ("role", "source", "family", "layers", "width", "weights")),
+        "",
+        f"mesh: {', '.join(f'{a}={n}' for a, n in mesh.items())} ({math.prod(mesh.values())} devices), {settings.dtype}, "
+        f"remat {settings.remat}",
+        f"calibration: {len(settings.eta)} arms ({', '.join(f'{a} eta={e:g}' for a, e in settings.eta.items())}), "
+        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.rft.num_samples} rollouts = "
+        f"{config.prompts_per_step * config.rft.num_samples} rows in {config.rft.micro_batches} micro-batches, "
+        f"prompts up to {max(config.prompt_sizes)} and completions up to {config.completion_size} tokens, "
+        f"{'adapter of rank ' + str(config.adapter.rank) if config.trainable == 'adapter' else 'all weights'} trained",
+        f"students: {len(settings.students)} kinds x {1 + len(settings.arms)} sources of text x {students.seeds} seeds, "
+        f"{students.samples} texts each, steps {budgets}, {students.training.batch_size} rows a step",
+        f"evaluation: {settings.evaluation.problems} held-out problems, greedy and T={settings.evaluation.temperature:g}",
+        "",
+        "memory of the calibration stage, GiB a device, by arithmetic:",
+        format_table([(part, size / GIB) for part, size in memory.items()], ("part", "GiB")),
+        f"sum {sum(memory.values()) / GIB:.3f} GiB a device",
+    ]
+    return "\n".join(lines)

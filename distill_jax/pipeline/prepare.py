@@ -1,0 +1,157 @@
+"""Stage prepare: every model of the run on disk or at hand, trained from nothing where the config says so.
+
+A trained model is saved as a Hugging Face folder under WORKDIR/models and read back by `load_model`, as any other is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from distill_jax.models.decoder import Decoder, Params, init_params
+from distill_jax.models.model import Model, load_model, save_model
+from distill_jax.pipeline.settings import Phase, Role, Settings
+from distill_jax.sequences import Sequences, pack_sequences
+from distill_jax.students.train import Batches, StudentConfig, stack_replicas, train
+from distill_jax.tasks import chain_arithmetic, get_task
+from distill_jax.text.alignable import check_alignable
+from distill_jax.text.token_ids import TokenIds
+from distill_jax.text.tokenizers import Tokenizer
+
+_BPE_TEXTS = 4000
+
+
+def all_roles(settings: Settings) -> dict[str, Role]:
+    """Name -> role of every model: teacher, proxy, and each kind of student."""
+    return {**settings.roles, **{f"student_{name}": role for name, role in settings.students.items()}}
+
+
+def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
+    """Trains the models with source "train", and checks that all models and the task fit together."""
+    roles = all_roles(settings)
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, role in roles.items():
+        if role.source == "train":
+            groups.setdefault((role.spec, role.tokenizer, role.phases), []).append(name)
+    if groups and settings.task != "chain_arithmetic":
+        raise ValueError(
+            f"models with source='train' are trained on the corpus of chain_arithmetic, but task.name is "
+            f"{settings.task!r}; give the models a source (a folder, a .gguf file or a demo model)"
+        )
+    for names in groups.values():
+        if not all((workdir / "models" / name / "config.json").exists() for name in names):
+            _train_group(settings, mesh, workdir, {name: roles[name] for name in names})
+    teacher = load_role(settings, mesh, workdir, "teacher")
+    proxy = load_role(settings, mesh, workdir, "proxy")
+    assert teacher.tokenizer is not None and proxy.tokenizer is not None
+    check_alignable(teacher.tokenizer, proxy.tokenizer, _sample_texts(settings), continuation=True)
+
+
+def load_role(settings: Settings, mesh: Mesh, workdir: Path, name: str) -> Model:
+    """The model of a role, placed on the mesh, its activations checkpointed as the config says."""
+    role = all_roles(settings)[name]
+    source = workdir / "models" / name if role.source == "train" else role.source
+    model = load_model(source, mesh, settings.dtype)
+    if model.tokenizer is None:
+        raise ValueError(f"{name}: {source} holds no tokenizer; put its tokenizer.json beside the weights")
+    module = model.module.clone(remat=settings.remat)
+    return Model(model.spec, model.params, model.tokenizer, module, mesh)
+
+
+def _sample_texts(settings: Settings) -> list[str]:
+    """Texts that both tokenizers of a pair must give back byte for byte: the task's own."""
+    task = get_task(settings.task, **settings.task_options)
+    problems = task.problems("validation", min(128, settings.calibration.validation_problems), settings.seed)
+    return [text for problem in problems for text in (problem.prompt, problem.gold) if text]
+
+
+def make_tokenizer(settings: Settings, kind: str) -> Tokenizer:
+    """ "bytes", or a byte-level BPE trained on the teacher's corpus; digits stay single tokens."""
+    if kind == "bytes":
+        return Tokenizer.bytes_tokenizer()
+    styles = {name: 1.0 for phase in settings.roles["teacher"].phases for name, _ in phase.styles}
+    texts = chain_arithmetic.corpus(_BPE_TEXTS, settings.seed, styles, (3, 5))
+    return Tokenizer.train_bpe([prompt + trace for prompt, trace in texts], settings.bpe_vocab_size)
+
+
+def encode_pairs(
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[str, str]],
+    prompt_size: int | None = None,
+    completion_size: int | None = None,
+) -> Sequences:
+    """(prompt, completion) texts as rows that end in an end of sequence; sizes default to the longest."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    prompts = [tokenizer.encode_prompt(prompt) for prompt, _ in pairs]
+    texts = tokenizer.encode_batch([completion for _, completion in pairs], continuation=True)
+    completions = [TokenIds([*ids, *end], tokenizer.vocabulary_hash) for ids in texts]
+    return pack_sequences(
+        prompts,
+        completions,
+        prompt_size or max(map(len, prompts)),
+        completion_size or max(map(len, completions)),
+        tokenizer.pad_id,
+    )
+
+
+def _train_group(settings: Settings, mesh: Mesh, workdir: Path, roles: dict[str, Role]) -> None:
+    """Trains models of one shape together, each from its own seed on its own corpus, phase by phase."""
+    first = next(iter(roles.values()))
+    tokenizer = make_tokenizer(settings, first.tokenizer)
+    # How many tokens a trained vocabulary has is known only now.
+    spec = dataclasses.replace(first.spec, vocab_size=tokenizer.vocab_size)
+    module = Decoder(spec, mesh, settings.dtype, remat=settings.remat)
+    seeds = [settings.seed * 1000 + role.seed for role in roles.values()]
+    state = stack_replicas([init_params(module, jax.random.key(seed)) for seed in seeds])
+    for index, phase in enumerate(first.phases):
+        state = _train_phase(
+            settings, module, tokenizer, state, phase, seeds, index, workdir, "+".join(roles)
+        )
+    for replica, name in enumerate(roles):
+        params = jax.tree.map(lambda leaf, r=replica: leaf[r], state)
+        save_model(Model(spec, params, tokenizer, module, mesh), workdir / "models" / name)
+
+
+def _train_phase(
+    settings: Settings,
+    module: Decoder,
+    tokenizer: Tokenizer,
+    state: Params,
+    phase: Phase,
+    seeds: Sequence[int],
+    index: int,
+    workdir: Path,
+    label: str,
+) -> Params:
+    config = StudentConfig(
+        batch_size=phase.batch_size,
+        optimizer=dataclasses.replace(settings.base_optimizer, learning_rate=phase.learning_rate),
+        logit_chunk=256,
+        checkpoint_every=500,
+    )
+    rows = min(phase.steps * phase.batch_size, 100_000)
+    corpora = [
+        chain_arithmetic.corpus(rows, seed * 10 + index, dict(phase.styles), phase.operations)
+        for seed in seeds
+    ]
+    # One layout for all replicas: the longest row of any of them.
+    packed = [encode_pairs(tokenizer, corpus) for corpus in corpora]
+    prompt = max(rows.prompt_size for rows in packed)
+    completion = max(rows.completion_size for rows in packed)
+    data = [encode_pairs(tokenizer, corpus, prompt, completion) for corpus in corpora]
+    trained: list[Params] = []
+    train(
+        module,
+        state,
+        Batches(data, phase.batch_size, seeds, module),
+        config,
+        [phase.steps],
+        lambda _, tree: trained.append(tree),
+        directory=workdir / "models" / f"training_{label}" / f"phase{index}",
+        label=f"prepare/{label} {index + 1}",
+    )
+    return trained[0]
