@@ -109,14 +109,14 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
     small = {
         "phases": (Phase(600, 0.01, (("explicit", 6.0), ("result_first", 1.0), ("terse", 1.0)), (1, 4)),)
     }
-    proxy = Role("train", spec(2, 32, 4, 86), "bytes", prompt_style="raw", seed=1, **small)
+    proxy = Role("train", spec(2, 32, 2, 86), "bytes", prompt_style="raw", seed=1, **small)
     students = {
-        "bytes": Role("train", spec(2, 32, 4, 86), "bytes", prompt_style="raw", seed=2, **small),
-        "bpe": Role("train", spec(2, 32, 4, 86), "bpe", prompt_style="raw", seed=3, **small),
+        "bytes": Role("train", spec(2, 32, 2, 86), "bytes", prompt_style="raw", seed=2, **small),
+        "bpe": Role("train", spec(2, 32, 2, 86), "bpe", prompt_style="raw", seed=3, **small),
     }
     config.task = config_dict.create(name="chain_arithmetic", options=config_dict.create(operations=(3, 5)))
     calibration = CalibrationConfig(
-        steps=20,
+        steps=30,
         prompts_per_step=16,
         rft=RftConfig(num_samples=8, kl=KLAnchor("k1", "reward", 0.02), logit_chunk=64),
         adapter=AdapterConfig(rank=8, alpha=16.0, targets=("attn", "mlp", "head")),
@@ -125,11 +125,12 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         completion_size=40,
         proxy_prompt_sizes=(16,),
         proxy_completion_sizes=(48,),
-        validation_problems=128,
-        validation_batch=128,
+        validation_problems=512,  # a floor of 1 point needs them
+        validation_batch=256,
         validation_every=5,
-        rollouts_every=5,
-        checkpoint_every=5,
+        floor_patience=2,
+        rollouts_every=10,
+        checkpoint_every=10,
     )
     distillation = Distillation(
         samples=2048,
@@ -137,8 +138,8 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         training=StudentConfig(
             batch_size=64, optimizer=OptimizerConfig("muon", 0.005, 20, weight_decay=0.05)
         ),
-        prompt_sizes=(16,),
-        completion_sizes=(48,),
+        prompt_sizes=(14,),
+        completion_sizes=(40,),
         long_budgets=(4.0, 8.0),
     )
     _fill(config, {"teacher": teacher, "proxy": proxy}, students, calibration, distillation, Evaluation())
@@ -200,18 +201,18 @@ def _loaded(
 
 
 _SMOKE = {
-    "calibration.steps": 3,
+    "calibration.steps": 2,
+    "calibration.unscorable_limit": 0.2,
     "calibration.batch_size": 16,
     "calibration.rft.num_samples": 4,
     "calibration.rft.micro_batches": 4,
     "calibration.validation_problems": 16,
     "calibration.validation_batch": 16,
-    "calibration.validation_every": 3,
-    "distillation.samples": 64,
-    "distillation.steps": 8,
+    "calibration.validation_every": 2,
+    "distillation.samples": 32,
+    "distillation.steps": 4,
     "distillation.budgets": (1.0,),
-    "distillation.seeds": 3,
-    "distillation.training.batch_size": 8,
+    "distillation.training.batch_size": 4,
     "evaluation.problems": 32,
     "evaluation.batch": 32,
 }
@@ -227,9 +228,12 @@ def _gemma3_270m(config: config_dict.ConfigDict) -> dict[str, Any]:
     smollm2 = Role("smollm2-135m", PRESETS["smollm2-135m"], prompt_style="raw")
     teacher = Role("gemma3-270m", PRESETS["gemma3-270m"], prompt_style="raw")
     _reasoning_gym(config, "chain_sum", 2)
+    config.task.options.update(min_terms=2, max_terms=4, min_digits=1, max_digits=2)
     config.remat = "full"
-    _fill(config, *_loaded(teacher, smollm2, smollm2, 160, 64), Evaluation(batch=64))
-    return _SMOKE
+    roles, students, calibration, distillation = _loaded(teacher, smollm2, smollm2, 128, 48)
+    _fill(config, roles, students, calibration, distillation, Evaluation(batch=64))
+    config.distillation.prompt_sizes, config.distillation.completion_sizes = (160,), (64,)
+    return _SMOKE | {"distillation.seeds": 2, "evaluation.problems": 16, "evaluation.batch": 16}
 
 
 def _gemma3_12b(config: config_dict.ConfigDict) -> dict[str, Any]:

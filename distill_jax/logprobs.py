@@ -59,14 +59,15 @@ def score_completions(
     Under top-k or top-p the scored token always counts as part of the support. For a token that was sampled
     under the same parameters that is exact, and rounding at the edge of the support cannot turn its score into
     -inf; for a token that the distribution excludes it is the score under the support widened by that token.
-    top-p jumps where a mass just reaches it: about one token in 10^4 is scored with one id more or less than it
-    was sampled with. Rollouts are scored exactly with top_k=`RolloutBatch.support_size` in place of both.
+    top-p jumps where a mass just reaches it, so that rounding lets a token be scored, now and then, with one id
+    more or less than it was drawn with. `RolloutBatch.support_size` as top_k, in place of both, has no jumps.
 
     Args:
       module, params, adapter, scale: as in `models.decoder.apply`.
       sequences: B rows; may hold numpy leaves.
       temperature, top_k, top_p: the distribution, see `distribution.process_logits`; top_k may be i32[B, T].
-      chunk: the most tokens of a row whose logits exist at one time.
+      chunk: the most tokens of a row whose logits exist at one time. A chunk that holds the whole completion is kept
+        for the backward pass instead of being computed again.
 
     Returns:
       lp, entropy: f32[B, T], 0 where `sequences.completion_mask` is False.
@@ -91,17 +92,22 @@ def score_completions(
     hidden = _predicting_hidden(hidden, sequences)
     targets = tokens[:, sequences.prompt_size :]
 
-    @jax.checkpoint
+    whole_vocabulary = isinstance(top_k, int) and top_k == 0 and top_p == 1.0
+
     def score(
         chunk_hidden: jax.Array, chunk_targets: jax.Array, chunk_top_k: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         logits = unembed(module, params, chunk_hidden, adapter=adapter, scale=scale)
+        # A comparison, where a gather would do: its gradient is no scatter, and needs no logits-sized array.
+        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == chunk_targets[..., None]
+        if whole_vocabulary:  # the same numbers without an array of log-probabilities
+            logits = logits / temperature
+            normaliser = jax.nn.logsumexp(logits, axis=-1)
+            mean_logit = jnp.sum(jnp.exp(logits - normaliser[..., None]) * logits, axis=-1)
+            return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - normaliser, normaliser - mean_logit
         keep_most = top_k if chunk_top_k is None else chunk_top_k
         logprobs = process_logits(logits, temperature, keep_most, top_p, keep=chunk_targets)
-        # A comparison, where a gather would do: its gradient is no scatter, and needs no logits-sized array.
-        ids = jax.lax.broadcasted_iota(jnp.int32, logprobs.shape, 2)
-        lp = jnp.sum(jnp.where(ids == chunk_targets[..., None], logprobs, 0.0), axis=-1)
-        return lp, entropy_of(logprobs)
+        return jnp.sum(jnp.where(hit, logprobs, 0.0), axis=-1), entropy_of(logprobs)
 
     num_chunks = math.ceil(size / chunk)
     chunk_size = math.ceil(size / num_chunks)  # evenly filled chunks: at most num_chunks - 1 padded tokens
@@ -112,8 +118,12 @@ def score_completions(
         ),
         (hidden, targets, per_token),
     )
-    _, scores = jax.lax.scan(lambda carry, piece: (carry, score(*piece)), None, pieces)
-    lp, entropy = (_join_chunks(x)[:, :size] for x in scores)
+    if num_chunks == 1:
+        lp, entropy = score(hidden, targets, per_token)
+    else:
+        recomputed = jax.checkpoint(score)
+        _, scores = jax.lax.scan(lambda carry, piece: (carry, recomputed(*piece)), None, pieces)
+        lp, entropy = (_join_chunks(x)[:, :size] for x in scores)
     mask = sequences.completion_mask
     return CompletionScores(zero_masked(lp, mask), zero_masked(entropy, mask))
 

@@ -12,7 +12,7 @@ def length_mask(lengths: jax.Array, size: int) -> jax.Array:
 
 
 def zero_masked(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """x where the mask holds, else 0; a NaN outside the mask reaches neither the value nor the gradient."""
+    """x where the mask holds, else 0; a NaN outside the mask reaches neither the value nor the gradient of x."""
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 

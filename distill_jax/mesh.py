@@ -131,9 +131,9 @@ def check_divisible(mesh: Mesh, shape: Sequence[int], logical_axes: Sequence[str
         pieces = axis_size(mesh, logical_axis)
         if size % pieces:
             raise ShardingError(
-                f"{name}: dimension {dimension} ({logical_axis!r}) of shape {tuple(shape)} has size {size}, which does "
-                f"not divide by {pieces} (mesh axis {LOGICAL_TO_MESH[str(logical_axis)]!r} of mesh {dict(mesh.shape)}); "
-                "choose a mesh whose axis divides it"
+                f"{name}: dimension {dimension} ({logical_axis!r}) of shape {tuple(shape)} has size {size}, which "
+                f"does not divide by {pieces} (mesh axis {LOGICAL_TO_MESH[str(logical_axis)]!r} of mesh "
+                f"{dict(mesh.shape)}); choose a mesh whose axis divides it"
             )
 
 
@@ -149,19 +149,15 @@ def place(tree: Any, axes: Any, mesh: Mesh, what: str = "params") -> Any:
     Raises:
       ShardingError: a dimension does not divide; names the parameter, the dimension, the axis and the sizes.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    axes_leaves = treedef.flatten_up_to(axes)
-    for (path, leaf), leaf_axes in zip(leaves, axes_leaves, strict=True):
+
+    def target(path: Any, leaf: Any, leaf_axes: Sequence[str | None]) -> NamedSharding:
         check_divisible(mesh, leaf.shape, leaf_axes, f"{what}{jax.tree_util.keystr(path)}")
-    shardings = [named_sharding(mesh, leaf_axes) for leaf_axes in axes_leaves]
-    values = [leaf for _, leaf in leaves]
-    if values and isinstance(values[0], jax.ShapeDtypeStruct):
-        placed = [
-            jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s) for v, s in zip(values, shardings, strict=True)
-        ]
-    else:
-        placed = jax.device_put(values, shardings)
-    return treedef.unflatten(placed)
+        return named_sharding(mesh, leaf_axes)
+
+    shardings = jax.tree_util.tree_map_with_path(target, tree, axes)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+    return jax.device_put(tree, shardings)
 
 
 def place_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:

@@ -54,7 +54,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Warm-up, then cosine from the peak to final_fraction of it at total_steps."""
     warmup = min(config.warmup_steps, total_steps // 2)
     if config.final_fraction == 1:
-        return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
+        # Without a warm-up optax's own schedule would stay at its initial value, 0.
+        constant = optax.constant_schedule(config.learning_rate)
+        return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup) if warmup else constant
     end = config.learning_rate * config.final_fraction
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), end

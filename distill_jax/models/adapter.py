@@ -53,11 +53,9 @@ def _kernels(module: Decoder, config: AdapterConfig) -> dict[tuple[str, ...], tu
     return found
 
 
-def _split(path: tuple[str, ...], ndim: int) -> tuple[int, int]:
+def _split(path: tuple[str, ...]) -> tuple[int, int]:
     """(number of stacked dimensions, number of input dimensions) of a kernel."""
-    stacked = 1 if path[0] == "layers" else 0
-    inputs = _INPUT_DIMENSIONS.get(path[-1], 1)
-    return stacked, inputs if ndim > stacked + inputs else ndim - stacked - 1
+    return int(path[0] == "layers"), _INPUT_DIMENSIONS.get(path[-1], 1)
 
 
 def _nest(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -71,12 +69,19 @@ def _nest(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def init_adapter(module: Decoder, config: AdapterConfig, key: jax.Array) -> Params:
-    """A new adapter: {"layers": {"attn": {"q": {"a": [L, D, R], "b": [L, R, N, H]}, ...}}}; A normal(1/fan_in), B zero."""
+    """A new adapter: {"layers": {"attn": {"q": {"a": [L, D, R], "b": [L, R, N, H]}, ...}}}, f32.
+
+    A is normal with variance 1 / fan_in, B zero. Made on the module's mesh.
+
+    Raises:
+      ValueError: target "head" on a model whose head is its embedding.
+      ShardingError: a dimension does not divide by the mesh axes it is laid on.
+    """
 
     def init(key: jax.Array) -> Params:
         flat: dict[tuple[str, ...], Any] = {}
         for index, (path, shape) in enumerate(_kernels(module, config).items()):
-            stacked, inputs = _split(path, len(shape))
+            stacked, inputs = _split(path)
             layers, fan_in, out = (
                 shape[:stacked],
                 shape[stacked : stacked + inputs],
@@ -99,11 +104,11 @@ def adapter_axes(module: Decoder, config: AdapterConfig) -> Params:
     """The adapter tree with logical axes; A and B are cut as the kernel's own input and output dimensions are."""
     axes_of = param_axes(module)
     flat: dict[tuple[str, ...], Any] = {}
-    for path, shape in _kernels(module, config).items():
+    for path in _kernels(module, config):
         node = axes_of
         for name in path:
             node = node[name]
-        stacked, inputs = _split(path, len(shape))
+        stacked, inputs = _split(path)
         axes = node["kernel"]
         flat[(*path, "a")] = (*axes[: stacked + inputs], "rank")
         flat[(*path, "b")] = (*axes[:stacked], "rank", *axes[stacked + inputs :])
@@ -116,7 +121,7 @@ def merge_adapter(params: Params, adapter: Params, scale: float | jax.Array) -> 
     def merge(path: tuple[str, ...], node: Params, low: Params) -> Params:
         if "a" in low and "b" in low:
             kernel, a, b = node["kernel"], low["a"], low["b"]
-            stacked, inputs = _split(path, kernel.ndim)
+            stacked, _ = _split(path)
             rank = a.shape[-1]
             layers = kernel.shape[:stacked]
             a2 = a.reshape(*layers, -1, rank)

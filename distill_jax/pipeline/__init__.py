@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from distill_jax.checkpoint import read_json
@@ -18,7 +17,7 @@ from distill_jax.pipeline.arms import calibrate_arms, make_task
 from distill_jax.pipeline.distil import ATTACK, distil
 from distill_jax.pipeline.evaluate import evaluate
 from distill_jax.pipeline.plan import format_plan
-from distill_jax.pipeline.prepare import load_role, prepare
+from distill_jax.pipeline.prepare import prepare, role_spec
 from distill_jax.pipeline.settings import STAGES, Settings, from_config, read_settings, to_config
 from distill_jax.pipeline.workdir import is_done, open_workdir, plain_config, stage_clock
 from distill_jax.report import Setting, summarise, summary_table, write_report, write_summary
@@ -54,10 +53,10 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
                 work[stage](settings, mesh, folder)
     if "report" not in settings.stages:
         return None
-    return _report(settings, mesh, folder)
+    return _report(settings, folder)
 
 
-def _report(settings: Settings, mesh: Mesh, folder: Path) -> dict[str, Any]:
+def _report(settings: Settings, folder: Path) -> dict[str, Any]:
     """Made anew at each start: it is cheap, and reads nothing but results."""
     print("== report", flush=True)
     with stage_clock(folder, "report"):
@@ -65,7 +64,7 @@ def _report(settings: Settings, mesh: Mesh, folder: Path) -> dict[str, Any]:
             folder,
             read_json(folder / "config.json"),
             read_json(folder / "environment.json"),
-            _setting(settings, mesh, folder),
+            _setting(settings, folder),
         )
     write_summary(folder, summary)
     page = write_report(folder, summary)
@@ -74,14 +73,12 @@ def _report(settings: Settings, mesh: Mesh, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _setting(settings: Settings, mesh: Mesh, folder: Path) -> Setting:
+def _setting(settings: Settings, folder: Path) -> Setting:
     """What the students were given, for the words of every claim."""
     parameters, descriptions = {}, {}
     how = "all weights" if settings.distillation.training.trainable == "params" else "a low-rank adapter"
-    for kind, role in settings.students.items():
-        spec = role.spec
-        if role.source == "train" and (folder / "models" / f"student_{kind}" / "config.json").exists():
-            spec = load_role(settings, mesh, folder, f"student_{kind}").spec
+    for kind in settings.students:
+        spec = role_spec(settings, folder, f"student_{kind}")
         parameters[kind] = spec.num_params
         descriptions[kind] = f"{spec.n_layers} layers, width {spec.d_model}, {how} trained"
     return Setting(

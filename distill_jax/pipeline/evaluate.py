@@ -104,7 +104,7 @@ def _write_rollouts(
     chosen, kept = problems[:count], texts[:count]
     questions = [problem.prompt for problem in chosen]
     completions, ended = [row["completion"] for row in kept], np.array([row["ended"] for row in kept])
-    common = {"batch_size": min(64, count), "chunk": config.rft.logit_chunk}
+    common = {"batch_size": min(64, count), "chunk": config.rft.logit_chunk, "system": config.system}
     original = score_texts(
         teacher,
         questions,

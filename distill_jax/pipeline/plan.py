@@ -18,13 +18,19 @@ GIB = 2**30
 
 
 def mesh_sizes(spec: str) -> dict[str, int]:
-    """Axis sizes of a mesh text; -1 takes the devices that this machine has, at least one."""
+    """Axis sizes of a mesh text, for any machine; -1 takes the devices that this one has, at least one.
+
+    Raises:
+      ValueError: an unknown axis, a size that is not a positive integer or -1, or more than one -1.
+    """
     sizes = dict.fromkeys(AXES, 1)
-    for part in filter(None, spec.split(",")):
-        name, _, size = part.partition("=")
-        if name.strip() not in AXES or not size.strip().lstrip("-").isdigit():
+    for part in filter(None, (p.strip() for p in spec.split(","))):
+        name, _, size = (text.strip() for text in part.partition("="))
+        if name not in AXES or not (size == "-1" or (size.isdecimal() and int(size) > 0)):
             raise ValueError(f"mesh {spec!r}: {part!r} is not one of {', '.join(f'{a}=SIZE' for a in AXES)}")
-        sizes[name.strip()] = int(size)
+        sizes[name] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh {spec!r}: only one axis may be -1")
     fixed = math.prod(size for size in sizes.values() if size > 0)
     return {name: max(1, jax.device_count() // fixed) if size == -1 else size for name, size in sizes.items()}
 
@@ -79,6 +85,7 @@ def calibration_memory(settings: Settings) -> dict[str, float]:
 def format_plan(settings: Settings) -> str:
     """The plan as text."""
     mesh, config, students = mesh_sizes(settings.mesh), settings.calibration, settings.distillation
+    devices, evaluation = math.prod(mesh.values()), settings.evaluation
     rows = [
         (
             name,
@@ -97,16 +104,16 @@ def format_plan(settings: Settings) -> str:
         "",
         format_table(rows, ("role", "source", "family", "layers", "width", "weights")),
         "",
-        f"mesh: {', '.join(f'{a}={n}' for a, n in mesh.items())} ({math.prod(mesh.values())} devices), {settings.dtype}, "
+        f"mesh: {', '.join(f'{a}={n}' for a, n in mesh.items())} ({devices} devices), {settings.dtype}, "
         f"remat {settings.remat}",
         f"calibration: {len(settings.eta)} arms ({', '.join(f'{a} eta={e:g}' for a, e in settings.eta.items())}), "
         f"{config.steps} steps of {config.prompts_per_step} prompts x {config.rft.num_samples} rollouts = "
         f"{config.prompts_per_step * config.rft.num_samples} rows in {config.rft.micro_batches} micro-batches, "
         f"prompts up to {max(config.prompt_sizes)} and completions up to {config.completion_size} tokens, "
         f"{'adapter of rank ' + str(config.adapter.rank) if config.trainable == 'adapter' else 'all weights'} trained",
-        f"students: {len(settings.students)} kinds x {1 + len(settings.arms)} sources of text x {students.seeds} seeds, "
-        f"{students.samples} texts each, steps {budgets}, {students.training.batch_size} rows a step",
-        f"evaluation: {settings.evaluation.problems} held-out problems, greedy and T={settings.evaluation.temperature:g}",
+        f"students: {len(settings.students)} kinds x {1 + len(settings.arms)} sources of text x {students.seeds} "
+        f"seeds, {students.samples} texts each, steps {budgets}, {students.training.batch_size} rows a step",
+        f"evaluation: {evaluation.problems} held-out problems, greedy and T={evaluation.temperature:g}",
         "",
         "memory of the calibration stage, GiB a device, by arithmetic:",
         format_table([(part, size / GIB) for part, size in memory.items()], ("part", "GiB")),

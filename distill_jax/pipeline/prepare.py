@@ -12,8 +12,12 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from distill_jax.checkpoint import read_json
 from distill_jax.models.decoder import Decoder, Params, init_params
+from distill_jax.models.families import spec_from_config
 from distill_jax.models.model import Model, load_model, save_model
+from distill_jax.models.packages import PACKAGE_MODELS, find_package_model
+from distill_jax.models.spec import ModelSpec
 from distill_jax.pipeline.settings import Phase, Role, Settings
 from distill_jax.sequences import Sequences, pack_sequences
 from distill_jax.students.train import Batches, StudentConfig, stack_replicas, train
@@ -31,8 +35,15 @@ def all_roles(settings: Settings) -> dict[str, Role]:
 
 
 def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
-    """Trains the models with source "train", and checks that all models and the task fit together."""
+    """Trains the models with source "train", and checks that all models and the task fit together.
+
+    Raises:
+      FileNotFoundError: weights of any role are not there; before anything is trained.
+      ValueError: models to be trained with a task that has no corpus, or tokenizers that cannot be aligned.
+    """
     roles = all_roles(settings)
+    for name, role in roles.items():
+        _check_source(name, role)
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, role in roles.items():
         if role.source == "train":
@@ -51,8 +62,34 @@ def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     check_alignable(teacher.tokenizer, proxy.tokenizer, _sample_texts(settings), continuation=True)
 
 
+def _check_source(name: str, role: Role) -> None:
+    if role.source == "train" or Path(role.source).expanduser().exists():
+        return
+    if role.source not in PACKAGE_MODELS:
+        raise FileNotFoundError(
+            f"{name}: no model at {role.source!r}; expected a Hugging Face folder, a .gguf file, or one of the names "
+            f"{sorted(PACKAGE_MODELS)}"
+        )
+    try:
+        find_package_model(role.source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: {error}") from error
+
+
+def role_spec(settings: Settings, workdir: Path, name: str) -> ModelSpec:
+    """A role's model in numbers, from its config.json where there is one, without touching its weights."""
+    role = all_roles(settings)[name]
+    folder = workdir / "models" / name if role.source == "train" else Path(role.source).expanduser()
+    config = folder / "config.json"
+    return spec_from_config(read_json(config)) if config.is_file() else role.spec
+
+
 def load_role(settings: Settings, mesh: Mesh, workdir: Path, name: str) -> Model:
-    """The model of a role, placed on the mesh, its activations checkpointed as the config says."""
+    """The model of a role, placed on the mesh, its activations checkpointed as the config says.
+
+    Raises:
+      FileNotFoundError: its weights are not there. ValueError: no tokenizer beside them, or what `load_model` raises.
+    """
     role = all_roles(settings)[name]
     source = workdir / "models" / name if role.source == "train" else role.source
     model = load_model(source, mesh, settings.dtype)
@@ -112,6 +149,9 @@ def _train_group(settings: Settings, mesh: Mesh, workdir: Path, roles: dict[str,
             settings, module, tokenizer, state, phase, seeds, index, workdir, "+".join(roles)
         )
     for replica, name in enumerate(roles):
+        # Saved already by a start that was killed between two models; the weights would be the same.
+        if (workdir / "models" / name / "config.json").exists():
+            continue
         params = jax.tree.map(lambda leaf, r=replica: leaf[r], state)
         save_model(Model(spec, params, tokenizer, module, mesh), workdir / "models" / name)
 

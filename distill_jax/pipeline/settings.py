@@ -13,15 +13,19 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from distill_jax.models.decoder import REMAT_POLICIES
+from distill_jax.models.model import DTYPES
 from distill_jax.models.spec import ModelSpec
 from distill_jax.optimizer import OptimizerConfig
-from distill_jax.rft.config import CalibrationConfig
+from distill_jax.rft.config import CalibrationConfig, check_arm
+from distill_jax.rft.texts import PROMPT_STYLES
 from distill_jax.students.train import StudentConfig
 
 STAGES = ("prepare", "calibrate", "distil", "evaluate", "report")
 ARMS = ("original", "control", "distillable", "undistillable")
 TEACHER_ARMS = ARMS[1:]
 TOKENIZERS = ("bytes", "bpe")
+DEFAULT_TRAINING = StudentConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Role:
             )
         if self.source == "train" and not self.phases:
             raise ValueError("a model with source='train' needs at least one phase of training")
+        if self.prompt_style not in PROMPT_STYLES:
+            raise ValueError(f"prompt_style must be one of {PROMPT_STYLES}, got {self.prompt_style!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Distillation:
     budgets: tuple[float, ...] = (0.5, 1.0, 2.0)
     long_budgets: tuple[float, ...] = ()
     seeds: int = 3
-    training: StudentConfig = StudentConfig()
+    training: StudentConfig = DEFAULT_TRAINING
     temperature: float = 1.0
     prompt_sizes: tuple[int, ...] = (16,)
     completion_sizes: tuple[int, ...] = (48,)
@@ -100,8 +106,14 @@ class Distillation:
             raise ValueError(
                 f"budgets must be ascending multiples of steps, 1.0 among them; got {self.budgets}"
             )
-        if any(multiple <= self.budgets[-1] for multiple in self.long_budgets):
-            raise ValueError(f"long_budgets {self.long_budgets} must lie above budgets {self.budgets}")
+        long = list(self.long_budgets)
+        if long != sorted(set(long)) or any(multiple <= self.budgets[-1] for multiple in long):
+            raise ValueError(f"long_budgets {self.long_budgets} must ascend, above budgets {self.budgets}")
+        if len(self.budget_steps) < len(self.budgets):
+            raise ValueError(f"steps={self.steps} are too few to tell the budgets {self.budgets} apart")
+        for name in ("prompt_sizes", "completion_sizes"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} must be sizes of at least 1, got {getattr(self, name)}")
 
     @property
     def budget_steps(self) -> dict[int, float]:
@@ -123,6 +135,10 @@ class Evaluation:
     batch: int = 512
     temperature: float = 1.0
     rollouts: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.problems, self.batch, self.rollouts) < 1 or self.temperature <= 0:
+            raise ValueError(f"evaluation settings must be positive, got {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +168,21 @@ class Settings:
             raise ValueError(f"stages {unknown} do not exist; choose from {STAGES}, or () to print the plan")
         if set(self.eta) - set(TEACHER_ARMS):
             raise ValueError(f"eta names arms {sorted(self.eta)}; expected some of {TEACHER_ARMS}")
+        for arm, eta in self.eta.items():
+            check_arm(arm, eta)
         missing = {"teacher", "proxy"} - set(self.roles)
         if missing:
             raise ValueError(f"roles {sorted(missing)} are not given")
+        for name, value, choices in (
+            ("dtype", self.dtype, DTYPES),
+            ("remat", self.remat, tuple(REMAT_POLICIES)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
     @property
     def arms(self) -> tuple[str, ...]:
+        """Arms of this run in the order of the report: the original teacher and every arm with an eta."""
         return tuple(arm for arm in ARMS if arm == "original" or arm in self.eta)
 
 
@@ -173,7 +198,12 @@ def to_config(value: Any) -> Any:
     if isinstance(value, Mapping):
         return config_dict.ConfigDict({name: to_config(item) for name, item in value.items()})
     if isinstance(value, tuple):
-        return tuple(dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value)  # type: ignore[call-overload]
+        return tuple(
+            dataclasses.asdict(item)
+            if dataclasses.is_dataclass(item) and not isinstance(item, type)
+            else item
+            for item in value
+        )
     return value
 
 

@@ -16,7 +16,7 @@ import jax
 from ml_collections import config_dict
 
 import distill_jax
-from distill_jax.checkpoint import read_json, write_json
+from distill_jax.checkpoint import NO_ROOM, DiskFullError, read_json, write_json
 
 # May differ between two starts of one run: they do not change any result.
 _FREE_FIELDS = ("stages",)
@@ -103,23 +103,38 @@ def stage_clock(workdir: Path, stage: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        write_json(partial, {"wall_clock_s": before + time.monotonic() - started})
+        # A disk that is full for the stage is full for this file too: its error must not hide the first one.
+        with contextlib.suppress(OSError):
+            write_json(partial, {"wall_clock_s": before + time.monotonic() - started})
         raise
     write_json(workdir / "stages" / f"{stage}.json", {"wall_clock_s": before + time.monotonic() - started})
     partial.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes JSON lines, whole or not at all: an existing file stays as it was until the new one is complete.
+
+    Raises:
+      ValueError: a NaN or an infinity. DiskFullError: no room. In both cases the existing file is untouched.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise DiskFullError(
+                f"disk is full while saving {path}; what was finished before is intact; free space and start again"
+            ) from error
+        raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads what `write_rows` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): a text may hold U+2028 and the like, which JSON does not escape.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -154,7 +154,7 @@ def calibrate(
                 if done % config.checkpoint_every == 0 or record.stopped:
                     tree = {"state": state, "best": best, "key": run.key}
                     checkpointer.save(done, tree, record.to_meta() | {"data_position": done})
-                shown = ("reward_task", "gap_per_byte", "kl_k3", "validation_accuracy")
+                shown = ("reward_task", "gap_per_byte", "kl_k3", "span_coverage", "validation_accuracy")
                 bar.update(1, **{name: metrics[name] for name in shown if name in metrics})
                 if on_step is not None:
                     on_step(done, metrics)
@@ -303,14 +303,15 @@ class _Run:
         return state, metrics, (rollouts, scored, judgement)
 
     def review(self, record: _Record, validation: Validation, done: int) -> bool:
-        """Updates the counters of the guards; True if this is the best policy so far above the floor."""
+        """Updates the counters of the guards; True if this is the policy to keep: above the floor, and the best so far."""
         config, objective = self.config, validation.objective(self.arm)
         above = validation.accuracy >= record.original.accuracy - config.utility_floor - 1e-9
         record.below_floor = 0 if above else record.below_floor + 1
         rose = objective >= record.highest + config.min_improvement
         record.without_rise = 0 if rose else record.without_rise + 1
         record.highest = max(record.highest, objective)
-        better = above and objective > record.best.objective(self.arm)
+        # The control is there to have had the same fine-tuning, so it is the last policy above the floor, not the best.
+        better = above and (self.arm == "control" or objective > record.best.objective(self.arm))
         if better:
             record.best, record.best_step = validation, done
         return better

@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -25,6 +26,9 @@ from distill_jax.optimizer import OptimizerConfig, decay_start, make_optimizer, 
 from distill_jax.sequences import Sequences
 from distill_jax.students.step import StudentState, init_student_state, make_student_step
 
+DEFAULT_OPTIMIZER = OptimizerConfig()
+DEFAULT_ADAPTER = AdapterConfig(rank=16, alpha=32.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
@@ -36,12 +40,15 @@ class StudentConfig:
       trainable: "params", or "adapter" with `adapter`.
       logit_chunk: tokens of a row whose logits exist at one time.
       checkpoint_every: steps between checkpoints of the trunk; 0 writes none (short runs).
+
+    Raises:
+      ValueError: a size below 1, a negative checkpoint_every, or an unknown `trainable`.
     """
 
     batch_size: int = 64
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
     trainable: str = "params"
-    adapter: AdapterConfig = AdapterConfig(rank=16, alpha=32.0)
+    adapter: AdapterConfig = DEFAULT_ADAPTER
     logit_chunk: int = 64
     checkpoint_every: int = 0
 
@@ -129,11 +136,14 @@ def train(
       budgets: numbers of steps, ascending; each is a whole run, decay included.
       on_budget: called with (budget, trained tree with a leading [R]) once a budget.
       base: the frozen weights below an adapter; None when the weights themselves are trained.
-      directory: for metrics.jsonl and checkpoints of the trunk; None writes nothing.
+      directory: for metrics.jsonl and checkpoints of the trunk; None writes nothing. With checkpoints, a call on the
+        same folder goes on from the last one, and ends with the same trees, bit for bit; budgets that were handed over
+        before it are not handed over again.
       label: of the progress bar.
 
     Raises:
-      ValueError: no budgets, or not ascending ones.
+      ValueError: no budgets or not ascending ones, or `base` and `config.trainable` that contradict each other.
+      DiskFullError: no room for a checkpoint; the one before it is intact.
     """
     if not budgets or list(budgets) != sorted(set(budgets)) or budgets[0] < 1:
         raise ValueError(f"budgets must be ascending numbers of steps, got {list(budgets)}")
@@ -168,7 +178,8 @@ def train(
                             rate = trapezoid(config.optimizer, inner, budget)
                             branch, metrics = step_fn(branch, base, batches(inner), rate)
                             bar.update(1)
-                        log.write(step, f"budget{budget}/", metrics)
+                        # One step later than a checkpoint that this branch could be repeated from: no row twice.
+                        log.write(step + 1, f"budget{budget}/", metrics)
                         on_budget(budget, branch.trainable)
                 if step == trunk_end:
                     break
@@ -201,6 +212,7 @@ class _TrunkLog:
         self._writer = MetricWriter(directory, resume_step=resumed)
 
     def step_done(self, step: int, state: StudentState, metrics: dict[str, Any]) -> None:
+        """A row now and then, a checkpoint when one is due."""
         if step % 20 == 0:
             self.write(step, "", metrics)
         if self._checkpointer is not None and step % self._every == 0:
@@ -217,8 +229,12 @@ class _TrunkLog:
     def __enter__(self) -> _TrunkLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            if self._checkpointer is not None:  # not close(): its own failure must not hide the first error
+                self._checkpointer.__exit__(kind, error, trace)

@@ -1,0 +1,138 @@
+"""What layers are made of: projections with low-rank adapters, RMS norms, the embedding table, rotary embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill_jax.mesh import constrain
+from distill_jax.models.spec import RopeScaling
+
+
+def _expand(weight: jax.Array, like: jax.Array) -> jax.Array:
+    """Leading dimensions of size 1, so that `weight` lines up with the last dimensions of `like`."""
+    return weight.reshape((1,) * (like.ndim - weight.ndim) + weight.shape)
+
+
+class Projection(nn.Module):
+    """x[..., *in] -> y[..., *out]; with an adapter: y + scale * (x a) b, the product a b never being built."""
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        n_in, n_out = len(self.in_shape), len(self.out_shape)
+        init = nn.initializers.variance_scaling(
+            1.0,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(n_in)),
+            out_axis=tuple(range(n_in, n_in + n_out)),
+        )
+        kernel = self.param(
+            "kernel",
+            nn.with_partitioning(init, self.in_axes + self.out_axes),
+            self.in_shape + self.out_shape,
+            self.param_dtype,
+        )
+
+        def contract(value: jax.Array, weight: jax.Array, dims: int) -> jax.Array:
+            lhs = tuple(range(value.ndim - dims, value.ndim))
+            return jax.lax.dot_general(
+                value.astype(self.dtype), weight.astype(self.dtype), ((lhs, tuple(range(dims))), ((), ()))
+            )
+
+        y = contract(x, kernel, n_in)
+        if self.has_variable("adapter", "a"):
+            low = contract(x, self.get_variable("adapter", "a"), n_in)
+            delta = contract(low, self.get_variable("adapter", "b"), 1)
+            y = y + delta * scale.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                nn.with_partitioning(nn.initializers.zeros, self.out_axes),
+                self.out_shape,
+                self.param_dtype,
+            )
+            y = y + _expand(bias.astype(self.dtype), y)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (offset + scale), computed in float32."""
+
+    size: int
+    eps: float
+    offset: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def init(_key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jnp.full(shape, 1.0 - self.offset, dtype)
+
+        scale = self.param("scale", nn.with_partitioning(init, ("norm",)), (self.size,), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        weight = self.offset + scale.astype(jnp.float32)
+        return (normed * _expand(weight, normed)).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """Token embeddings [V, D]: looked up by id, and the output head of a tied model."""
+
+    vocab_size: int
+    d_model: int
+    mesh: Mesh | None
+    initializer: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            nn.with_partitioning(self.initializer, ("vocab", "embed")),
+            (self.vocab_size, self.d_model),
+            self.param_dtype,
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        # Gathered over fsdp before the look-up, as every other weight is; else the compiler would replicate the rows.
+        return jnp.take(constrain(self.embedding, self.mesh, ("vocab", None)), tokens, axis=0)
+
+    def attend(self, hidden: jax.Array, dtype: Any) -> jax.Array:
+        table = self.embedding.astype(dtype)
+        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """f32[H/2] angular frequencies theta^(-2i/H), stretched by `scaling`."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    wavelength = 2 * math.pi / frequency
+    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotary embedding, halves convention. x: [B, T, heads, H]; sin, cos: f32[B, T, H/2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = sin[:, :, None, :], cos[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
