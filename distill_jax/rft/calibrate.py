@@ -303,7 +303,7 @@ class _Run:
         return state, metrics, (rollouts, scored, judgement)
 
     def review(self, record: _Record, validation: Validation, done: int) -> bool:
-        """Updates the counters of the guards; True if this is the policy to keep: above the floor, and the best so far."""
+        """Updates the counters of the guards; True if this is the policy to keep."""
         config, objective = self.config, validation.objective(self.arm)
         above = validation.accuracy >= record.original.accuracy - config.utility_floor - 1e-9
         record.below_floor = 0 if above else record.below_floor + 1

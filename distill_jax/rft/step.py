@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax.distribution import check_distribution
 from distill_jax.logprobs import score_completions
-from distill_jax.mesh import constrain, named_sharding, replicated
+from distill_jax.mesh import constrain, named_sharding
 from distill_jax.models.decoder import Decoder, Params
 from distill_jax.rft import losses
 from distill_jax.rft.advantages import check_groups
@@ -136,7 +136,7 @@ def init_rft_state(trainable: Params, optimizer: optax.GradientTransformation) -
         return state
     # An array that is bound to its device and one that is not are two compilations, so all are bound.
     mesh = first.sharding.mesh if isinstance(first.sharding, NamedSharding) else None
-    everywhere = first.sharding if mesh is None else replicated(mesh)
+    everywhere = first.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree.map_params(
         optimizer,
         lambda moment, leaf: jax.device_put(moment, leaf.sharding),

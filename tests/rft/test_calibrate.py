@@ -173,7 +173,7 @@ def validation(**values):
     return Validation(**numbers | values)
 
 
-def guarded(monkeypatch, tmp_path, validations, config, metrics=None):
+def guarded(monkeypatch, tmp_path, validations, config, metrics=None, arm="undistillable"):
     """Runs the loop on validations that were made up."""
     queue = iter(validations)
     monkeypatch.setattr(loop, "validate", lambda *arguments: next(queue))
@@ -185,7 +185,7 @@ def guarded(monkeypatch, tmp_path, validations, config, metrics=None):
             return state, real | metrics[step], batch
 
         monkeypatch.setattr(loop._Run, "update", changed)
-    return run(tmp_path, "undistillable", 0.5, config)
+    return run(tmp_path, arm, 0.0 if arm == "control" else 0.5, config)
 
 
 EVERY_STEP = dataclasses.replace(CONFIG, steps=3, validation_every=1, utility_floor=0.1, checkpoint_every=1)
@@ -219,6 +219,18 @@ def test_nothing_better_gives_the_original_back(monkeypatch, tmp_path):
         leaf for path, leaf in jax.tree_util.tree_leaves_with_path(result.trainable) if path[-1].key == "b"
     ]
     assert products and not any(jnp.any(leaf) for leaf in products)
+
+
+def test_control_keeps_its_last_policy_above_the_floor(monkeypatch, tmp_path):
+    """It stands for the same amount of fine-tuning, so a better step before does not count."""
+    made_up = [
+        validation(accuracy=0.9, reward_sampled=0.9),
+        validation(accuracy=0.9, reward_sampled=0.8),
+        validation(accuracy=0.85, reward_sampled=0.7),
+        validation(accuracy=0.5, reward_sampled=1.0),
+    ]
+    result = guarded(monkeypatch, tmp_path, made_up, EVERY_STEP, arm="control")
+    assert result.best_step == 2 and result.best.reward_sampled == 0.7
 
 
 def test_convergence_stops(monkeypatch, tmp_path):
