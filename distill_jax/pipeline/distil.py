@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax.checkpoint import save_tree
+from distill_jax.checkpoint import save_tree, write_json
 from distill_jax.generation import generate
 from distill_jax.models.adapter import init_adapter
 from distill_jax.models.decoder import Params
@@ -52,7 +52,6 @@ def decode_texts(
     *,
     temperature: float,
     key: jax.Array,
-    batch_size: int = 256,
 ) -> list[dict[str, Any]]:
     """One completion of the arm's teacher for each problem: {"prompt", "completion", "ended"}."""
     assert arm.model.tokenizer is not None
@@ -69,7 +68,7 @@ def decode_texts(
         adapter=arm.adapter,
         scale=arm.scale,
         buckets=settings.calibration.prompt_sizes,
-        batch_size=min(batch_size, len(prompts)),
+        batch_size=min(settings.evaluation.batch, len(prompts)),
     )
     return [
         {"prompt": problem.prompt, "completion": text, "ended": bool(ended)}
@@ -127,25 +126,31 @@ def encode_texts(settings: Settings, student: Model, role: Role, rows: list[dict
     """Texts in the student's own prompt style and tokens; those that it cannot spell, or that do not fit, are dropped.
 
     Raises:
-      ValueError: nothing is left.
+      ValueError: more than half are dropped: what is left would be no sample of what the teacher writes.
     """
     tokenizer = student.tokenizer
     assert tokenizer is not None
     sizes = settings.distillation
     encoded = encode_completions(
         tokenizer,
-        encode_prompts(tokenizer, [row["prompt"] for row in rows], role.prompt_style),
+        encode_prompts(
+            tokenizer, [row["prompt"] for row in rows], role.prompt_style, settings.calibration.system
+        ),
         [row["completion"] for row in rows],
         np.array([row["ended"] for row in rows]),
         end_id=end_of_text_id(tokenizer, role.prompt_style),
-        prompt_sizes=sizes.prompt_sizes[-1:],
-        completion_sizes=sizes.completion_sizes[-1:],
+        prompt_sizes=(sizes.prompt_size,),
+        completion_sizes=(sizes.completion_size,),
     )
     usable = encoded.usable & (np.asarray(encoded.sequences.completion_length) > 0)
-    if not usable.any():
+    dropped = int((~usable).sum())
+    if 2 * dropped > len(rows):
+        unfit = int((encoded.does_not_fit & ~usable).sum())
         raise ValueError(
-            f"none of {len(rows)} texts fits distillation.prompt_sizes={sizes.prompt_sizes} and "
-            f"completion_sizes={sizes.completion_sizes} of the student; make them larger"
+            f"{dropped} of {len(rows)} texts cannot be given to the student: {unfit} do not fit "
+            f"distillation.prompt_size={sizes.prompt_size} and completion_size={sizes.completion_size}, "
+            f"{dropped - unfit} are empty or not given back byte for byte by its tokenizer; make the sizes larger, or "
+            "look at the texts"
         )
     return jax.tree.map(lambda leaf: np.asarray(leaf)[usable], encoded.sequences)
 
@@ -162,6 +167,8 @@ def _train_cell(settings: Settings, workdir: Path, student: Model, role: Role, a
             continue
         texts = [read_rows(texts_path(workdir, arm, seed)) for seed in seeds]
         data = [encode_texts(settings, student, role, rows) for rows in texts]
+        if part == "training":
+            _count_texts(folder, f"distil/{kind}/{arm}", texts, data)
         start, base = student_start(settings, student, len(seeds))
         orders = [settings.seed * 100 + seed for seed in seeds]
         train(
@@ -175,6 +182,17 @@ def _train_cell(settings: Settings, workdir: Path, student: Model, role: Role, a
             directory=folder / part,
             label=f"distil/{kind}/{arm}",
         )
+
+
+def _count_texts(folder: Path, label: str, texts: list[list[dict[str, Any]]], data: list[Sequences]) -> None:
+    """Writes how many texts of each seed were kept, and says when any were not."""
+    kept = [len(rows.tokens) for rows in data]
+    dropped = [len(rows) - count for rows, count in zip(texts, kept, strict=True)]
+    pairs = zip(kept, dropped, strict=True)
+    write_json(folder / "texts.json", {"seeds": [{"kept": k, "dropped": d} for k, d in pairs]})
+    if any(dropped):
+        total = sum(kept) + sum(dropped)
+        print(f"{label}: {sum(dropped)} of {total} texts dropped (by seed: {dropped})", flush=True)
 
 
 def _saver(folder: Path) -> Callable[[int, Params], None]:

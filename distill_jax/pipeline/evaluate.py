@@ -16,7 +16,7 @@ from distill_jax.models.decoder import Decoder, Params
 from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task, style_of
 from distill_jax.pipeline.distil import ATTACK, GOLD, cell, decode_texts, student_start
-from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.prepare import SCORED_ROWS, load_role
 from distill_jax.pipeline.settings import Role, Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
 from distill_jax.rft.texts import encode_prompts, score_texts
@@ -100,11 +100,11 @@ def _write_rollouts(
 ) -> None:
     """Adds samples of the finished teacher to its rollouts, the same problems in every arm, with the gap of each:
     (log p of the original teacher - log p of the proxy) / bytes."""
-    config, count = settings.calibration, min(len(problems), max(128, settings.evaluation.rollouts))
+    config, count = settings.calibration, min(len(problems), settings.evaluation.rollouts)
     chosen, kept = problems[:count], texts[:count]
     questions = [problem.prompt for problem in chosen]
     completions, ended = [row["completion"] for row in kept], np.array([row["ended"] for row in kept])
-    common = {"batch_size": min(64, count), "chunk": config.rft.logit_chunk, "system": config.system}
+    common = {"batch_size": min(SCORED_ROWS, count), "chunk": config.rft.logit_chunk, "system": config.system}
     original = score_texts(
         teacher,
         questions,
@@ -218,13 +218,14 @@ def _answers(
     assert tokenizer is not None
     config = SamplingConfig(
         num_samples=1,
-        max_new_tokens=settings.distillation.completion_sizes[-1],
+        max_new_tokens=settings.distillation.completion_size,
         temperature=0.0 if decoding == "greedy" else evaluation.temperature,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
     )
     scale = 1.0 if base is None else float(adapter_scale(settings.distillation.training.adapter))
-    prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems], role.prompt_style)
+    questions, system = [problem.prompt for problem in problems], settings.calibration.system
+    prompts = encode_prompts(tokenizer, questions, role.prompt_style, system)
     keys = row_keys(jax.random.fold_in(jax.random.key(settings.seed), _EVALUATION), len(problems))
     replicas = jax.tree.leaves(trees)[0].shape[0]
     answers: list[list[tuple[str, bool]]] = [[] for _ in range(replicas)]
@@ -232,7 +233,7 @@ def _answers(
     for start in range(0, len(problems), size):
         chosen = np.minimum(np.arange(start, start + size), len(problems) - 1)
         tokens, lengths = pack_prompts(
-            [prompts[i] for i in chosen], settings.distillation.prompt_sizes[-1], tokenizer.pad_id
+            [prompts[i] for i in chosen], settings.distillation.prompt_size, tokenizer.pad_id
         )
         params, adapters = (trees, None) if base is None else (base, trees)
         batch = _decode_students(

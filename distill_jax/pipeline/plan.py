@@ -21,13 +21,16 @@ def mesh_sizes(spec: str) -> dict[str, int]:
     """Axis sizes of a mesh text, for any machine; -1 takes the devices that this one has, at least one.
 
     Raises:
-      ValueError: an unknown axis, a size that is not a positive integer or -1, or more than one -1.
+      ValueError: an unknown or repeated axis, a size that is not a positive integer or -1, or more than one -1.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes, given = dict.fromkeys(AXES, 1), set[str]()
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, _, size = (text.strip() for text in part.partition("="))
         if name not in AXES or not (size == "-1" or (size.isdecimal() and int(size) > 0)):
             raise ValueError(f"mesh {spec!r}: {part!r} is not one of {', '.join(f'{a}=SIZE' for a in AXES)}")
+        if name in given:
+            raise ValueError(f"mesh {spec!r}: axis {name!r} is given twice")
+        given.add(name)
         sizes[name] = int(size)
     if list(sizes.values()).count(-1) > 1:
         raise ValueError(f"mesh {spec!r}: only one axis may be -1")
@@ -49,7 +52,12 @@ def adapter_params(spec: ModelSpec, config: AdapterConfig) -> int:
 
 
 def calibration_memory(settings: Settings) -> dict[str, float]:
-    """Bytes a device of the calibration stage, the largest of a run: part -> bytes."""
+    """Bytes a device of the calibration stage alone, by arithmetic: part -> bytes.
+
+    An upper estimate of the parts that are named: not all of them exist at one time, and what the compiler needs in
+    between is not counted. The other stages are not counted either; students that are trained with all their weights
+    may need more than this stage.
+    """
     mesh = mesh_sizes(settings.mesh)
     rows_cut, weights_cut = mesh["data"] * mesh["fsdp"], mesh["fsdp"] * mesh["tensor"]
     width = jnp.dtype(settings.dtype).itemsize
@@ -73,8 +81,21 @@ def calibration_memory(settings: Settings) -> dict[str, float]:
         * width
         / mesh["tensor"],
         "saved activations of a micro-batch": layers * micro_rows * slots * teacher.d_model * width,
+        # Of one layer, or of all when they are saved for the backward pass: "dots" leaves these out.
+        "attention scores of a micro-batch": (teacher.n_layers if settings.remat == "none" else 1)
+        * 4
+        * micro_rows
+        * teacher.n_heads
+        * slots**2
+        / mesh["tensor"],
         "logits of a chunk": 2
         * 4
+        * micro_rows
+        * config.rft.logit_chunk
+        * teacher.vocab_size
+        / mesh["tensor"],
+        # The reference is scored in pieces of as many rows, without a gradient.
+        "logits of a chunk of reference scoring": 4
         * micro_rows
         * config.rft.logit_chunk
         * teacher.vocab_size
@@ -115,7 +136,7 @@ def format_plan(settings: Settings) -> str:
         f"seeds, {students.samples} texts each, steps {budgets}, {students.training.batch_size} rows a step",
         f"evaluation: {evaluation.problems} held-out problems, greedy and T={evaluation.temperature:g}",
         "",
-        "memory of the calibration stage, GiB a device, by arithmetic:",
+        "memory of the calibration stage (no other), GiB a device, by arithmetic:",
         format_table([(part, size / GIB) for part, size in memory.items()], ("part", "GiB")),
         f"sum {sum(memory.values()) / GIB:.3f} GiB a device",
     ]

@@ -27,6 +27,7 @@ from distill_jax.text.token_ids import TokenIds
 from distill_jax.text.tokenizers import Tokenizer
 
 _BPE_TEXTS = 4000
+SCORED_ROWS = 64  # texts that are scored at a time
 
 
 def all_roles(settings: Settings) -> dict[str, Role]:
@@ -35,24 +36,16 @@ def all_roles(settings: Settings) -> dict[str, Role]:
 
 
 def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
-    """Trains the models with source "train", and checks that all models and the task fit together.
+    """Trains the models with source "train", and checks that teacher and proxy fit together.
 
     Raises:
-      FileNotFoundError: weights of any role are not there; before anything is trained.
-      ValueError: models to be trained with a task that has no corpus, or tokenizers that cannot be aligned.
+      ValueError: tokenizers that cannot be aligned.
     """
     roles = all_roles(settings)
-    for name, role in roles.items():
-        _check_source(name, role)
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, role in roles.items():
         if role.source == "train":
             groups.setdefault((role.spec, role.tokenizer, role.phases), []).append(name)
-    if groups and settings.task != "chain_arithmetic":
-        raise ValueError(
-            f"models with source='train' are trained on the corpus of chain_arithmetic, but task.name is "
-            f"{settings.task!r}; give the models a source (a folder, a .gguf file or a demo model)"
-        )
     for names in groups.values():
         if not all((workdir / "models" / name / "config.json").exists() for name in names):
             _train_group(settings, mesh, workdir, {name: roles[name] for name in names})
@@ -60,6 +53,23 @@ def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     proxy = load_role(settings, mesh, workdir, "proxy")
     assert teacher.tokenizer is not None and proxy.tokenizer is not None
     check_alignable(teacher.tokenizer, proxy.tokenizer, _sample_texts(settings), continuation=True)
+
+
+def check_sources(settings: Settings) -> None:
+    """Checks that every role has weights, or can be trained.
+
+    Raises:
+      FileNotFoundError: weights of any role are not there.
+      ValueError: models to be trained with a task that has no corpus.
+    """
+    roles = all_roles(settings)
+    for name, role in roles.items():
+        _check_source(name, role)
+    if settings.task != "chain_arithmetic" and any(role.source == "train" for role in roles.values()):
+        raise ValueError(
+            f"models with source='train' are trained on the corpus of chain_arithmetic, but task.name is "
+            f"{settings.task!r}; give the models a source (a folder, a .gguf file or a demo model)"
+        )
 
 
 def _check_source(name: str, role: Role) -> None:

@@ -86,7 +86,7 @@ class Distillation:
       seeds: students a cell; a seed draws its own problems, texts and order.
       training: see `StudentConfig`.
       temperature: of the teacher's samples.
-      prompt_sizes, completion_sizes: slots to choose from.
+      prompt_size, completion_size: slots of a student's prompts and completions.
     """
 
     samples: int = 2048
@@ -96,8 +96,8 @@ class Distillation:
     seeds: int = 3
     training: StudentConfig = DEFAULT_TRAINING
     temperature: float = 1.0
-    prompt_sizes: tuple[int, ...] = (16,)
-    completion_sizes: tuple[int, ...] = (48,)
+    prompt_size: int = 16
+    completion_size: int = 48
 
     def __post_init__(self) -> None:
         if min(self.samples, self.steps, self.seeds) < 1:
@@ -111,9 +111,9 @@ class Distillation:
             raise ValueError(f"long_budgets {self.long_budgets} must ascend, above budgets {self.budgets}")
         if len(self.budget_steps) < len(self.budgets):
             raise ValueError(f"steps={self.steps} are too few to tell the budgets {self.budgets} apart")
-        for name in ("prompt_sizes", "completion_sizes"):
-            if min(getattr(self, name), default=0) < 1:
-                raise ValueError(f"{name} must be sizes of at least 1, got {getattr(self, name)}")
+        for name in ("prompt_size", "completion_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def budget_steps(self) -> dict[int, float]:
@@ -134,7 +134,7 @@ class Evaluation:
     problems: int = 512
     batch: int = 512
     temperature: float = 1.0
-    rollouts: int = 16
+    rollouts: int = 128
 
     def __post_init__(self) -> None:
         if min(self.problems, self.batch, self.rollouts) < 1 or self.temperature <= 0:
@@ -293,11 +293,13 @@ def read_settings(config: config_dict.ConfigDict) -> Settings:
     """Settings of a whole config, checked; see `apply_modes` for smoke and budget_curve.
 
     Raises:
-      ValueError: anything that a dataclass refuses, and a group size that does not divide the batch.
+      ValueError: anything that a dataclass refuses, a batch_size below 1, and a group size that does not divide it.
     """
     config = apply_modes(config)
     calibration = config.calibration.to_dict()
     batch, group = calibration.pop("batch_size"), calibration["rft"]["num_samples"]
+    if batch < 1:
+        raise ValueError(f"calibration.batch_size must be at least 1, got {batch}")
     if group < 1 or batch % group:
         raise ValueError(
             f"calibration.batch_size={batch} does not divide by calibration.rft.num_samples={group} rollouts a "

@@ -17,6 +17,8 @@ What is read, each file only if it is there:
     arms/<arm>/metrics.jsonl             {"step": int, metric: number}
     students/<arm>/<attack>/<student>/seed<k>/predictions.jsonl
                                          {"budget": multiple of the default, "decoding", "problem", "correct"}
+    students/<arm>/<attack>/<student>/texts.json
+                                         {"seeds": [{"kept": int, "dropped": int}]}, the texts of each student seed
 
 arms: original, control, distillable, undistillable; among the students also gold (attack sft) and base (attack none).
 `problem` is the index of the test problem, the same for every arm, student and seed: all comparisons are paired by it.

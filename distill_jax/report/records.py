@@ -45,7 +45,8 @@ class Results:
 
     teachers: (arm, decoding) -> Outcomes with one row. students: (arm, attack, student) -> (budget, decoding) ->
     Outcomes. rollouts: arm -> rows of the last step written. metrics: arm -> one row a training step.
-    notes: what was left out while reading, in words.
+    texts: (arm, attack, student) -> one {"kept": texts, "dropped": texts} a seed, of the texts that students were
+    given. notes: what was left out while reading, in words.
     """
 
     teachers: dict[tuple[str, str], Outcomes]
@@ -53,6 +54,7 @@ class Results:
     rollouts: dict[str, list[dict[str, Any]]]
     metrics: dict[str, list[dict[str, Any]]]
     wall_clock_s: dict[str, float]
+    texts: dict[tuple[str, str, str], list[dict[str, int]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -223,6 +225,20 @@ def read_wall_clock(workdir: str | Path) -> dict[str, float]:
     return seconds
 
 
+def read_texts(workdir: str | Path) -> dict[tuple[str, str, str], list[dict[str, int]]]:
+    """(arm, attack, student) -> texts kept and dropped of each seed; cells without a texts.json are absent."""
+    found = {}
+    for path in sorted((Path(workdir) / "students").glob("*/*/*/texts.json")):
+        arm, attack, student = path.parts[-4:-1]
+        try:
+            seeds = json.loads(path.read_text(encoding="utf-8"))["seeds"]
+            counts = [{name: int(seed[name]) for name in ("kept", "dropped")} for seed in seeds]
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{path}: expected {{"seeds": [{{"kept": n, "dropped": n}}, ...]}}') from error
+        found[arm, attack, student] = counts
+    return found
+
+
 def read_results(workdir: str | Path) -> Results:
     """All results of a WORKDIR.
 
@@ -240,6 +256,7 @@ def read_results(workdir: str | Path) -> Results:
         rollouts=read_rollouts(workdir, notes),
         metrics=read_metrics(workdir, notes),
         wall_clock_s=read_wall_clock(workdir),
+        texts=read_texts(workdir),
         notes=notes,
     )
 

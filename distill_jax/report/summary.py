@@ -3,7 +3,10 @@
     {"schema": 1, "config": {...}, "environment": {...}, "wall_clock_s": {stage: seconds}, "setting": {...},
      "arms": {arm: {"teacher": {metric: V}, "students": {attack: {student: {metric: V}}}, "probes": {}}},
      "baselines": {"base_student": {student: {metric: V}}, "gold_sft": {student: {metric: V}}},
+     "texts": {arm: {student: {"kept": [int, one a seed], "dropped": [int]}}},
      "claims": [...], "missing": [str]}
+
+The pipeline adds "effective_config": the config with its modes (smoke, budget_curve) worked in.
 
 A stage that has not run leaves its part empty and a sentence in `missing`.
 """
@@ -122,6 +125,23 @@ def _missing_students(results: Results, setting: Setting, kinds: Sequence[str]) 
     return missing
 
 
+def _texts(results: Results, attack: str, missing: list[str]) -> dict[str, dict[str, dict[str, list[int]]]]:
+    """arm -> student -> texts kept and dropped, one number a seed; dropped ones are named in `missing`."""
+    texts: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for (arm, of_attack, kind), seeds in results.texts.items():
+        if of_attack != attack:
+            continue
+        counts = {name: [seed[name] for seed in seeds] for name in ("kept", "dropped")}
+        texts.setdefault(arm, {})[kind] = counts
+        dropped = sum(counts["dropped"])
+        if dropped:
+            missing.append(
+                f"texts of {arm} for students of kind {kind}: {dropped} of {dropped + sum(counts['kept'])} were "
+                "dropped, because they do not fit or the student's tokenizer does not give them back"
+            )
+    return texts
+
+
 def strict_json(value: Any) -> Any:
     """The value with plain JSON types only: tuples become lists, NaN and infinity become None.
 
@@ -175,6 +195,7 @@ def summarise(
     kinds = student_kinds(results, setting)
     missing: list[str] = []
     arms = {arm: _arm(arm, results, kinds, draw, missing) for arm in ARMS}
+    texts = _texts(results, setting.attack, missing)
     baselines = {
         name: {
             kind: _student_metrics(results.students[*place, kind], draw)
@@ -200,6 +221,7 @@ def summarise(
             },
             "arms": arms,
             "baselines": baselines,
+            "texts": texts,
             "claims": claims,
             "missing": [*missing, *_missing_students(results, setting, kinds), *unjudged, *results.notes],
         }

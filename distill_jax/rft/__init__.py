@@ -1,1 +1,27 @@
 """Reinforcement fine-tuning of the teacher: rewards, advantages, losses, the step, the calibration loop."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_MODULES = (
+    "advantages",
+    "calibrate",
+    "calibration",
+    "config",
+    "losses",
+    "micro_batches",
+    "rewards",
+    "rollout",
+    "rollout_log",
+    "step",
+    "texts",
+    "validation",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -139,6 +139,13 @@ class CalibrationConfig:
             raise ValueError(
                 "advantage_eps must be positive: groups in which all rewards are equal divide by it"
             )
+        rows = self.prompts_per_step * self.rft.num_samples
+        if rows % self.rft.micro_batches:
+            raise ValueError(
+                f"a batch of {rows} rows (prompts_per_step={self.prompts_per_step} x rft.num_samples="
+                f"{self.rft.num_samples}) does not divide into rft.micro_batches={self.rft.micro_batches}; choose a "
+                "number of micro-batches that divides the rows"
+            )
         if self.train_problems < self.prompts_per_step:
             raise ValueError(
                 f"train_problems={self.train_problems} is less than prompts_per_step={self.prompts_per_step}"

@@ -26,6 +26,7 @@ from distill_jax.models.model import Model
 from distill_jax.rft.advantages import combine, saturated_groups
 from distill_jax.rft.calibration import calibration_reward, gate_within_correct, likelihood_gap, span_credit
 from distill_jax.rft.config import CalibrationConfig
+from distill_jax.rft.micro_batches import count_pieces, map_rows
 from distill_jax.rft.rewards import TaskRewards, task_rewards
 from distill_jax.rft.texts import (
     EncodedTexts,
@@ -37,7 +38,7 @@ from distill_jax.rft.texts import (
     require_tokenizer,
 )
 from distill_jax.sampling import RolloutBatch, Sampler, row_keys
-from distill_jax.sequences import pack_prompts
+from distill_jax.sequences import Sequences, pack_prompts
 from distill_jax.tasks.base import Problem, Task
 from distill_jax.text.spans import align_spans
 
@@ -145,7 +146,7 @@ def read_rollouts(teacher: Model, problems: Sequence[Problem], batch: RolloutBat
     return Rollouts(of_rows, batch, texts, ended, byte_ends, present, faithful, widths)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "temperature", "top_k", "top_p", "chunk"))
+@functools.partial(jax.jit, static_argnames=("module", "temperature", "top_k", "top_p", "chunk", "pieces"))
 def _sampling_scores(
     module: Decoder,
     params: Params,
@@ -154,10 +155,14 @@ def _sampling_scores(
     top_k: int,
     top_p: float,
     chunk: int,
+    pieces: int,
 ) -> jax.Array:
-    return score_completions(
-        module, params, batch.sequences, temperature=temperature, top_k=top_k, top_p=top_p, chunk=chunk
-    ).lp
+    def score(rows: Sequences) -> jax.Array:
+        return score_completions(
+            module, params, rows, temperature=temperature, top_k=top_k, top_p=top_p, chunk=chunk
+        ).lp
+
+    return map_rows(score, batch.sequences, pieces, module.mesh)
 
 
 def score_rollouts(
@@ -170,7 +175,7 @@ def score_rollouts(
     *,
     with_anchor: bool = True,
 ) -> tuple[Rollouts, Scored]:
-    """Reads and judges a sampled batch.
+    """Reads and judges a sampled batch. Models score no more rows at a time than an update takes.
 
     Args:
       teacher: its bare parameters are the reference.
@@ -179,11 +184,16 @@ def score_rollouts(
     """
     rft = config.rft
     plain = (rft.temperature, rft.top_k, rft.top_p) == (1.0, 0, 1.0)
+    rows = batch.sequences.tokens.shape[0]
+    micro_rows = config.prompts_per_step * rft.num_samples // rft.micro_batches
+    pieces = count_pieces(rows, micro_rows, teacher.mesh)
     # The device starts on these while the host works on the text below.
-    lp_plain = plain_scores(teacher.module, teacher.params, batch.sequences, chunk=rft.logit_chunk)
+    lp_plain = plain_scores(
+        teacher.module, teacher.params, batch.sequences, chunk=rft.logit_chunk, pieces=pieces
+    )
     lp_reference = lp_plain
     if with_anchor and not plain:
-        settings = (rft.temperature, rft.top_k, rft.top_p, rft.logit_chunk)
+        settings = (rft.temperature, rft.top_k, rft.top_p, rft.logit_chunk, pieces)
         lp_reference = _sampling_scores(teacher.module, teacher.params, batch, *settings)
     rollouts = read_rollouts(teacher, problems, batch)
     tokenizer, style = require_tokenizer(proxy, "the proxy"), config.proxy_prompt_style
@@ -198,7 +208,13 @@ def score_rollouts(
         prompt_sizes=config.proxy_prompt_sizes,
         completion_sizes=config.proxy_completion_sizes,
     )
-    lp_proxy = plain_scores(proxy.module, proxy.params, put(encoded.sequences, proxy), chunk=rft.logit_chunk)
+    lp_proxy = plain_scores(
+        proxy.module,
+        proxy.params,
+        put(encoded.sequences, proxy),
+        chunk=rft.logit_chunk,
+        pieces=count_pieces(rows, micro_rows, proxy.mesh),
+    )
     judged = task_rewards(task, rollouts.problems, rollouts.texts, rollouts.ended, config.correct_at)
     lp_teacher = lp_plain if config.numerator == "reference" else batch.lp_model
     scorable = rollouts.faithful & encoded.usable

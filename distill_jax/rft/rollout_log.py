@@ -19,12 +19,10 @@ class RolloutLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[str] = []
         if path.exists() and resume_step is not None:
-            whole = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if line.endswith("\n")
-            ]
-            kept = [line for line in whole if json.loads(line)["step"] <= resume_step]
+            # Not splitlines: a completion may hold U+2028 and other signs that it would split at. What stands after the
+            # last newline is a row that a kill cut off.
+            *whole, _ = path.read_text(encoding="utf-8").split("\n")
+            kept = [f"{line}\n" for line in whole if json.loads(line)["step"] <= resume_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -52,7 +50,7 @@ class RolloutLog:
                 "gap_per_byte": float(gaps[row]) if scored.scorable[row] else None,
                 "style": style_of(text) if style_of is not None else None,
             }
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> RolloutLog:

@@ -21,10 +21,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax.distribution import check_distribution
 from distill_jax.logprobs import score_completions
-from distill_jax.mesh import constrain, named_sharding
+from distill_jax.mesh import named_sharding
 from distill_jax.models.decoder import Decoder, Params
 from distill_jax.rft import losses
 from distill_jax.rft.advantages import check_groups
+from distill_jax.rft.micro_batches import split_rows
 from distill_jax.sequences import Sequences
 
 TRAINABLE = ("adapter", "params")
@@ -179,7 +180,7 @@ def rft_gradients(
     if config.micro_batches == 1:
         gradient, (sums, ratio_max) = differentiate(trainable_tree, batch)
     else:
-        micro_batches = jax.tree.map(lambda x: _split_columns(x, config.micro_batches, module), batch)
+        micro_batches = jax.tree.map(lambda x: split_rows(x, config.micro_batches, module.mesh), batch)
 
         def accumulate(carry: Any, micro: RftBatch) -> tuple[Any, None]:
             gradient, (sums, ratio_max) = differentiate(trainable_tree, micro)
@@ -241,16 +242,6 @@ def _loss_and_sums(
         "clip_fraction": losses.clip_fraction(fixed_ratio, mask, config.clip_low, config.clip_high),
     }
     return total, count, sums, jnp.where(mask, fixed_ratio, -jnp.inf).max()
-
-
-def _split_columns(x: jax.Array, pieces: int, module: Decoder) -> jax.Array:
-    """[B, ...] -> [pieces, B / pieces, ...] with row b in piece b % pieces.
-
-    Rows are sharded in contiguous blocks. Taking every pieces-th row takes as many from each block, so each
-    device keeps working on its own rows; cutting the batch into contiguous pieces would move them.
-    """
-    x = jnp.swapaxes(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 0, 1)
-    return constrain(x, module.mesh, (None, "batch") + (None,) * (x.ndim - 2))
 
 
 def make_rft_step(

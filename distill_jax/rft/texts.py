@@ -20,6 +20,7 @@ from distill_jax.logprobs import score_completions
 from distill_jax.mesh import place_batch
 from distill_jax.models.decoder import Decoder, Params
 from distill_jax.models.model import Model
+from distill_jax.rft.micro_batches import map_rows
 from distill_jax.sequences import Sequences, pack_sequences
 from distill_jax.text.chat import render_prompt
 from distill_jax.text.token_ids import TokenIds
@@ -152,7 +153,7 @@ def encode_completions(
     return EncodedTexts(sequences, byte_ends, usable, ~fits)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "chunk"))
+@functools.partial(jax.jit, static_argnames=("module", "chunk", "pieces"))
 def plain_scores(
     module: Decoder,
     params: Params,
@@ -160,9 +161,17 @@ def plain_scores(
     adapter: Params | None = None,
     scale: float | jax.Array = 1.0,
     chunk: int = 64,
+    pieces: int = 1,
 ) -> jax.Array:
-    """f32[B, T]: log p of completion tokens under the model's own softmax; compiled once for each shape."""
-    return score_completions(module, params, sequences, adapter=adapter, scale=scale, chunk=chunk).lp
+    """f32[B, T]: log p of completion tokens under the model's own softmax; compiled once for each shape.
+
+    `pieces` of the rows go through the model one after the other, see `micro_batches.map_rows`.
+    """
+
+    def score(rows: Sequences) -> jax.Array:
+        return score_completions(module, params, rows, adapter=adapter, scale=scale, chunk=chunk).lp
+
+    return map_rows(score, sequences, pieces, module.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

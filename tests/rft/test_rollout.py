@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from distill_jax.logprobs import token_logprobs
+from distill_jax.mesh import batch_sharding, place_batch
+from distill_jax.rft.micro_batches import count_pieces, join_rows, split_rows
 from distill_jax.rft.rewards import task_rewards
 from distill_jax.rft.rollout import judge, sample_batch, score_rollouts
 from distill_jax.rft.validation import sampling_config
@@ -74,6 +76,43 @@ def test_anchor_is_scored_at_the_sampling_temperature_and_the_gap_is_not():
     model = np.asarray(rollouts.batch.lp_model)
     np.testing.assert_allclose(np.asarray(scored.lp_teacher)[mask], model[mask], atol=1e-5)
     assert np.abs(np.asarray(scored.lp_reference) - np.asarray(scored.lp_teacher))[mask].max() > 0.05
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_scores_in_pieces_are_those_of_one_piece(mesh_cube, on_mesh):
+    """Of teacher, anchor and proxy; 16 rows in 4 pieces, of which every device of a mesh has a row."""
+    mesh = mesh_cube if on_mesh else None
+    teacher, proxy = make_model("teacher", mesh), make_model("proxy", mesh)
+    rft = dataclasses.replace(CONFIG.rft, temperature=0.5)
+    scores = []
+    rollouts, _ = scored_batch()
+    batch = rollouts.batch if mesh is None else place_batch(rollouts.batch, mesh)
+    for micro_batches in (1, 4):
+        config = dataclasses.replace(CONFIG, rft=dataclasses.replace(rft, micro_batches=micro_batches))
+        _, scored = score_rollouts(teacher, proxy, TASK, PROBLEMS, batch, config)
+        scores.append((scored.lp_teacher, scored.lp_reference, scored.lp_proxy))
+    for whole, pieces in zip(*scores, strict=True):
+        np.testing.assert_allclose(pieces, whole, atol=1e-5)
+        assert np.abs(whole).max() > 0.1
+        if on_mesh:
+            assert pieces.sharding.is_equivalent_to(batch_sharding(mesh), 2)
+
+
+def test_split_rows_are_joined_in_order_and_stay_on_their_devices(mesh_cube):
+    x = place_batch(np.arange(32.0).reshape(16, 2), mesh_cube)
+    split = jax.jit(lambda x: split_rows(x, 2, mesh_cube))(x)
+    assert split[1, :, 0].tolist() == [2.0 * row for row in range(1, 16, 2)]
+    where = {shard.device: set(np.asarray(shard.data)[..., 0].ravel()) for shard in x.addressable_shards}
+    for shard in split.addressable_shards:
+        assert set(np.asarray(shard.data)[..., 0].ravel()) == where[shard.device]
+    np.testing.assert_array_equal(join_rows(split, mesh_cube), x)
+
+
+def test_number_of_pieces(mesh_cube):
+    """At most so many rows in a piece, equal pieces, and as many rows of each on every device."""
+    assert [count_pieces(16, most, None) for most in (16, 15, 8, 7, 1)] == [1, 2, 2, 4, 16]
+    assert count_pieces(12, 5, None) == 3
+    assert [count_pieces(16, most, mesh_cube) for most in (16, 8, 5, 1)] == [1, 2, 4, 4]  # rows over 4
 
 
 def by_hand(rollouts, scored, sign, gate):
