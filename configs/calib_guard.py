@@ -245,7 +245,7 @@ def _gemma3_12b(config: config_dict.ConfigDict) -> dict[str, Any]:
     _reasoning_gym(config, "gsm_symbolic", 0)
     config.mesh, config.dtype, config.remat = "fsdp=16", "bfloat16", "full"
     _fill(config, *_loaded(teacher, proxy, student, 512, 512), Evaluation(batch=128))
-    return _SMOKE
+    return _SMOKE | {"distillation.training.batch_size": 16}
 
 
 def _qwen3_8b(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -255,4 +255,4 @@ def _qwen3_8b(config: config_dict.ConfigDict) -> dict[str, Any]:
     _reasoning_gym(config, "gsm_symbolic", 0)
     config.mesh, config.dtype, config.remat = "fsdp=16", "bfloat16", "full"
     _fill(config, *_loaded(teacher, proxy, student, 512, 512), Evaluation(batch=128))
-    return _SMOKE
+    return _SMOKE | {"distillation.training.batch_size": 16}
