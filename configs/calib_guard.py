@@ -10,8 +10,9 @@ tiny (default)  everything from nothing: a 0.45M-parameter teacher (byte-level B
 gemma3_270m     teacher Gemma 3 270M, proxy and student SmolLM2-135M (other family, other kind of tokenizer), task
                 reasoning-gym. Needs the demo-models packages. Full size: one 16 GiB accelerator;
                 --config.smoke=True: two CPU cores and 16 GiB.
-gemma3_12b      Gemma 3 12B / 4B / 1B, the trio of arXiv 2604.18963. 16 TPU v5e chips, weights from folders of yours.
-qwen3_8b        Qwen3 8B / 1.7B / 0.6B, the other trio. 16 TPU v5e chips, weights from folders of yours.
+gemma3_12b      Gemma 3 12B / 4B / 1B, the trio of arXiv 2604.18963. 16 TPU v5e chips by arithmetic, not run; one host;
+                weights from folders of yours.
+qwen3_8b        Qwen3 8B / 1.7B / 0.6B, the other trio; the same.
 
 --config.stages="()" prints the plan (models, mesh, batches, memory) and runs nothing.
 --config.budget_curve=full adds 4x and 8x the student budget with one seed, to see where a guard breaks.
@@ -239,20 +240,22 @@ def _gemma3_270m(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 
 def _gemma3_12b(config: config_dict.ConfigDict) -> dict[str, Any]:
-    teacher = Role("gemma-3-12b-it", PRESETS["gemma3-12b"], prompt_style="chat")
-    proxy = Role("gemma-3-1b-it", PRESETS["gemma3-1b"], prompt_style="chat")
-    student = Role("gemma-3-4b-it", PRESETS["gemma3-4b"], prompt_style="chat")
-    _reasoning_gym(config, "gsm_symbolic", 0)
-    config.mesh, config.dtype, config.remat = "fsdp=16", "bfloat16", "full"
-    _fill(config, *_loaded(teacher, proxy, student, 512, 512), Evaluation(batch=128))
-    return _SMOKE | {"distillation.training.batch_size": 16}
+    return _trio(
+        config, "gemma-3-12b-it", "gemma-3-1b-it", "gemma-3-4b-it", "gemma3-12b", "gemma3-1b", "gemma3-4b"
+    )
 
 
 def _qwen3_8b(config: config_dict.ConfigDict) -> dict[str, Any]:
-    teacher = Role("Qwen3-8B", PRESETS["qwen3-8b"], prompt_style="chat")
-    proxy = Role("Qwen3-0.6B", PRESETS["qwen3-0.6b"], prompt_style="chat")
-    student = Role("Qwen3-1.7B", PRESETS["qwen3-1.7b"], prompt_style="chat")
+    return _trio(config, "Qwen3-8B", "Qwen3-0.6B", "Qwen3-1.7B", "qwen3-8b", "qwen3-0.6b", "qwen3-1.7b")
+
+
+def _trio(config: config_dict.ConfigDict, *names: str) -> dict[str, Any]:
+    """names: the sources of teacher, proxy and student, then their presets."""
+    roles = [
+        Role(source, PRESETS[preset], prompt_style="chat")
+        for source, preset in zip(names[:3], names[3:], strict=True)
+    ]
     _reasoning_gym(config, "gsm_symbolic", 0)
     config.mesh, config.dtype, config.remat = "fsdp=16", "bfloat16", "full"
-    _fill(config, *_loaded(teacher, proxy, student, 512, 512), Evaluation(batch=128))
+    _fill(config, *_loaded(roles[0], roles[1], roles[2], 512, 512), Evaluation(batch=128))
     return _SMOKE | {"distillation.training.batch_size": 16}
