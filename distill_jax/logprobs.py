@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from distill_jax.distribution import check_distribution, entropy_of, process_logits
 from distill_jax.masked import zero_masked
@@ -77,23 +78,10 @@ def score_completions(
     check_distribution(temperature, top_k, top_p)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    size = sequences.completion_size
-    if size < 1:
-        raise ValueError(
-            f"sequences have no completion slots: tokens are {sequences.tokens.shape} and prompt_size is "
-            f"{sequences.prompt_size}; pack them with a completion_size of at least 1"
-        )
-    sequences = jax.tree.map(jnp.asarray, sequences)
-    # Padding may be no id of this vocabulary, and an embedding that is looked up out of range is NaN.
-    valid = sequences.valid()
-    tokens = jnp.where(valid, sequences.tokens, 0)
-    hidden, _ = apply(module, params, tokens, sequences.positions(), valid, adapter=adapter, scale=scale)
-    hidden = _predicting_hidden(hidden, sequences)
-    targets = tokens[:, sequences.prompt_size :]
+    hidden, targets = completion_states(module, params, sequences, adapter=adapter, scale=scale)
 
     whole_vocabulary = isinstance(top_k, int) and top_k == 0 and top_p == 1.0
 
-    @jax.checkpoint
     def score(
         chunk_hidden: jax.Array, chunk_targets: jax.Array, chunk_top_k: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
@@ -109,22 +97,69 @@ def score_completions(
         logprobs = process_logits(logits, temperature, keep_most, top_p, keep=chunk_targets)
         return jnp.sum(jnp.where(hit, logprobs, 0.0), axis=-1), entropy_of(logprobs)
 
-    num_chunks = math.ceil(size / chunk)
-    chunk_size = math.ceil(size / num_chunks)  # evenly filled chunks: at most num_chunks - 1 padded tokens
     per_token = None if isinstance(top_k, int) else jnp.asarray(top_k)
-    pieces = jax.tree.map(
-        lambda x: constrain(
-            _split_chunks(x, num_chunks, chunk_size), module.mesh, (None, "batch", None, None)[: x.ndim + 1]
-        ),
-        (hidden, targets, per_token),
-    )
-    if num_chunks == 1:
-        lp, entropy = score(hidden, targets, per_token)
-    else:
-        _, scores = jax.lax.scan(lambda carry, piece: (carry, score(*piece)), None, pieces)
-        lp, entropy = (_join_chunks(x)[:, :size] for x in scores)
+    lp, entropy = map_token_chunks(score, (hidden, targets, per_token), chunk, module.mesh)
     mask = sequences.completion_mask
     return CompletionScores(zero_masked(lp, mask), zero_masked(entropy, mask))
+
+
+def completion_states(
+    module: Decoder,
+    params: Params,
+    sequences: Sequences,
+    *,
+    adapter: Params | None = None,
+    scale: float | jax.Array = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """One forward pass over prompts and completions: what predicts each completion token, and the token.
+
+    Returns:
+      hidden: dtype[B, T, D], whose `unembed` is the distribution of completion token t; tokens: i32[B, T], 0 in
+      padding.
+
+    Raises:
+      ValueError: no completion slots.
+    """
+    if sequences.completion_size < 1:
+        raise ValueError(
+            f"sequences have no completion slots: tokens are {sequences.tokens.shape} and prompt_size is "
+            f"{sequences.prompt_size}; pack them with a completion_size of at least 1"
+        )
+    sequences = jax.tree.map(jnp.asarray, sequences)
+    # Padding may be no id of this vocabulary, and an embedding that is looked up out of range is NaN.
+    valid = sequences.valid()
+    tokens = jnp.where(valid, sequences.tokens, 0)
+    hidden, _ = apply(module, params, tokens, sequences.positions(), valid, adapter=adapter, scale=scale)
+    return _predicting_hidden(hidden, sequences), tokens[:, sequences.prompt_size :]
+
+
+def map_token_chunks(function: Callable[..., Any], arrays: Any, chunk: int, mesh: Mesh | None) -> Any:
+    """`function(*arrays)`, `chunk` tokens of every row at a time, recomputed in the backward pass.
+
+    Args:
+      function: of pieces [B, C, ...] of the arrays, C <= chunk; returns a tree of [B, C, ...], each token's part made
+        of that token alone.
+      arrays: a tuple of trees of [B, T, ...]. The last piece is filled up with zeros; what becomes of them is cut off.
+      chunk: the most tokens of a row in a piece, at least 1.
+      mesh: on which B is cut; None for one device.
+
+    Returns:
+      The tree of [B, T, ...].
+    """
+    function = jax.checkpoint(function)
+    size = jax.tree.leaves(arrays)[0].shape[1]
+    num_chunks = math.ceil(size / chunk)
+    if num_chunks == 1:
+        return function(*arrays)
+    chunk_size = math.ceil(size / num_chunks)  # evenly filled chunks: at most num_chunks - 1 padded tokens
+    pieces = jax.tree.map(
+        lambda x: constrain(
+            _split_chunks(x, num_chunks, chunk_size), mesh, (None, "batch", None, None)[: x.ndim + 1]
+        ),
+        arrays,
+    )
+    _, results = jax.lax.scan(lambda carry, piece: (carry, function(*piece)), None, pieces)
+    return jax.tree.map(lambda x: _join_chunks(x)[:, :size], results)
 
 
 def _predicting_hidden(hidden: jax.Array, sequences: Sequences) -> jax.Array:
@@ -143,8 +178,8 @@ def _split_chunks(x: jax.Array, num_chunks: int, chunk_size: int) -> jax.Array:
 
 
 def _join_chunks(x: jax.Array) -> jax.Array:
-    """[num_chunks, B, chunk_size] -> [B, num_chunks * chunk_size]."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+    """[num_chunks, B, chunk_size, ...] -> [B, num_chunks * chunk_size, ...]."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def token_logprobs(

@@ -1,11 +1,24 @@
-"""Students: the models that are trained on a teacher's text, and the loop that trains them."""
+"""Students: models trained on a teacher's text or towards its distribution, and the loop that trains them."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-_MODULES = ("step", "train")
+_MODULES = (
+    "aligned_texts",
+    "cross_tokenizer",
+    "cross_tokenizer_step",
+    "divergence_config",
+    "divergences",
+    "on_policy",
+    "replay",
+    "scorers",
+    "sources",
+    "step",
+    "targets",
+    "train",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -24,7 +24,9 @@ from distill_jax.models.adapter import AdapterConfig, adapter_scale
 from distill_jax.models.decoder import Decoder, Params
 from distill_jax.optimizer import OptimizerConfig, decay_start, make_optimizer, trapezoid
 from distill_jax.sequences import Sequences
-from distill_jax.students.step import StudentState, init_student_state, make_student_step
+from distill_jax.students.divergence_config import StudentLoss
+from distill_jax.students.step import CROSS_ENTROPY, StudentState, init_student_state, make_student_step
+from distill_jax.students.targets import Teacher, TopKTargets
 
 DEFAULT_OPTIMIZER = OptimizerConfig()
 DEFAULT_ADAPTER = AdapterConfig(rank=16, alpha=32.0)
@@ -85,13 +87,19 @@ class Batches:
       batch_size: rows of each replica.
       seeds: of the order, one a replica.
       module: whose mesh the batches are put on.
+      targets: a stored teacher, the `TopKTargets` (numpy leaves) of each replica's data.
 
     Raises:
-      ValueError: no rows, different layouts, or not one seed a replica.
+      ValueError: no rows, different layouts, not one seed a replica, or targets of other rows.
     """
 
     def __init__(
-        self, data: Sequence[Sequences], batch_size: int, seeds: Sequence[int], module: Decoder
+        self,
+        data: Sequence[Sequences],
+        batch_size: int,
+        seeds: Sequence[int],
+        module: Decoder,
+        targets: Sequence[TopKTargets] | None = None,
     ) -> None:
         if len(data) != len(seeds) or not data:
             raise ValueError(f"expected one seed a replica, got {len(data)} data sets and {len(seeds)} seeds")
@@ -103,13 +111,28 @@ class Batches:
                 "a replica has no training rows; sample more, or check why all rows were dropped"
             )
         self._data, self._batch_size, self._seeds, self._module = list(data), batch_size, list(seeds), module
+        self._targets = None if targets is None else list(targets)
+        if self._targets is not None:
+            if len(self._targets) != len(self._data):
+                raise ValueError(
+                    f"expected targets for each replica, got {len(self._targets)} for {len(self._data)} data sets"
+                )
+            for own, stored in zip(self._data, self._targets, strict=True):
+                stored.check(own)
 
     def __call__(self, step: int) -> Sequences:
         """Rows of batch `step`, every leaf with a leading [R]."""
+        return self._take(self._data, step)
+
+    def targets(self, step: int) -> TopKTargets | None:
+        """The stored teacher of the rows of batch `step`, every leaf with a leading [R]; None without one."""
+        return None if self._targets is None else self._take(self._targets, step)
+
+    def _take(self, trees: Sequence[Any], step: int) -> Any:
         parts = []
-        for data, seed in zip(self._data, self._seeds, strict=True):
+        for tree, data, seed in zip(trees, self._data, self._seeds, strict=True):
             rows = batch_rows(len(data.tokens), self._batch_size, seed, step)
-            parts.append(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], data))
+            parts.append(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], tree))
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
         return batch if self._module.mesh is None else place_batch(batch, self._module.mesh, axis=1)
 
@@ -125,6 +148,9 @@ def train(
     base: Params | None = None,
     directory: str | os.PathLike[str] | None = None,
     label: str = "students",
+    loss: StudentLoss = CROSS_ENTROPY,
+    teacher: Teacher | None = None,
+    targets: Callable[[int], TopKTargets | None] | None = None,
 ) -> None:
     """Trains R students together and hands over the trained tree of every budget.
 
@@ -140,9 +166,13 @@ def train(
         same folder goes on from the last one, and ends with the same trees, bit for bit; budgets that were handed over
         before it are not handed over again.
       label: of the progress bar.
+      loss: see `StudentLoss`; a divergence needs `teacher` or `targets`.
+      teacher: run beside the students, one for all.
+      targets: step -> the stored teacher of the rows of that batch with a leading [R] (see `Batches.targets`).
 
     Raises:
-      ValueError: no budgets or not ascending ones, or `base` and `config.trainable` that contradict each other.
+      ValueError: no budgets or not ascending ones, or `base` and `config.trainable` that contradict each other; a
+        divergence without teacher or targets, or these without a divergence.
       DiskFullError: no room for a checkpoint; the one before it is intact.
     """
     if not budgets or list(budgets) != sorted(set(budgets)) or budgets[0] < 1:
@@ -154,14 +184,20 @@ def train(
     replicas = jax.tree.leaves(start)[0].shape[0]
     optimizer = make_optimizer(config.optimizer, None)
     scale = float(adapter_scale(config.adapter)) if config.trainable == "adapter" else 1.0
-    step_fn = make_student_step(
+    train_step = make_student_step(
         module,
         optimizer,
         trainable=config.trainable,
         scale=scale,
         logit_chunk=config.logit_chunk,
         replicas=replicas,
+        loss=loss,
     )
+
+    def step_fn(state: StudentState, step: int, rate: float) -> tuple[StudentState, dict[str, jax.Array]]:
+        stored = None if targets is None else targets(step)
+        return train_step(state, base, batches(step), rate, teacher=teacher, targets=stored)
+
     state = init_student_state(start, optimizer, replicas)
 
     trunk_end = decay_start(budgets[-1])
@@ -176,7 +212,7 @@ def train(
                         branch = jax.tree.map(jnp.copy, state)
                         for inner in range(step, budget):
                             rate = trapezoid(config.optimizer, inner, budget)
-                            branch, metrics = step_fn(branch, base, batches(inner), rate)
+                            branch, metrics = step_fn(branch, inner, rate)
                             bar.update(1)
                         # One step later than a checkpoint that this branch could be repeated from: no row twice.
                         log.write(step + 1, f"budget{budget}/", metrics)
@@ -184,7 +220,7 @@ def train(
                 if step == trunk_end:
                     break
                 rate = trapezoid(config.optimizer, step, budgets[-1])
-                state, metrics = step_fn(state, base, batches(step), rate)
+                state, metrics = step_fn(state, step, rate)
                 log.step_done(step + 1, state, metrics)
                 bar.update(1, **({} if (step + 1) % 50 else {"loss": float(jnp.mean(metrics["loss"]))}))
 
