@@ -19,7 +19,7 @@ import re
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +161,28 @@ def text_name(name: str) -> str | None:
     return name
 
 
-def read_hf_params(folder: Path, module: Decoder) -> Params:
+def read_tensor(folder: Path, name: str) -> np.ndarray:
+    """One tensor of a folder's weights as it is stored.
+
+    Raises:
+      FileNotFoundError, ValueError: see `stored_tensors`; no such tensor.
+    """
+    tensors = stored_tensors(folder)
+    if name not in tensors:
+        raise ValueError(f"{folder}: the weights hold no {name!r}")
+    with safe_open(tensors[name].file, framework="np") as file:
+        return file.get_tensor(name)
+
+
+def read_hf_params(folder: Path, module: Decoder, beside: Collection[str] = ()) -> Params:
     """The parameter tree of a folder's weights, in the module's `param_dtype` and, if it has a mesh, on it.
 
     Shards are memory-mapped and read one stacked parameter at a time, so the host holds no second copy of the model.
+
+    Args:
+      folder: with one safetensors file, or an index and its shards.
+      module: the decoder.
+      beside: names that may stand in the files though the decoder has no such weight.
 
     Raises:
       FileNotFoundError, ValueError: see `stored_tensors`; missing, unexpected or wrongly shaped weights, or a dtype
@@ -186,7 +204,11 @@ def read_hf_params(folder: Path, module: Decoder) -> Params:
         )
     tied = module.spec.tie_embeddings
     found = {name: tensors[stored].shape for name, stored in original.items()}
-    check_stored(module, found, str(folder), lambda weight: weight.hf, lambda name: tied and name == _HEAD)
+
+    def allowed(name: str) -> bool:
+        return name in beside or (tied and name == _HEAD)
+
+    check_stored(module, found, str(folder), lambda weight: weight.hf, allowed)
     with contextlib.ExitStack() as stack:
         files = sorted({tensor.file for tensor in tensors.values()})
         handles = {file: stack.enter_context(safe_open(file, framework="np")) for file in files}

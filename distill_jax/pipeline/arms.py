@@ -17,6 +17,7 @@ from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Settings
 from distill_jax.rft.calibrate import calibrate
 from distill_jax.tasks import Task, chain_arithmetic, get_task
+from distill_jax.tasks.base import MeshTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,12 @@ class Arm:
     scale: float
 
 
-def make_task(settings: Settings) -> Task:
-    """The run's task."""
-    return get_task(settings.task, **settings.task_options)
+def make_task(settings: Settings, mesh: Mesh | None = None) -> Task:
+    """The run's task; one that has a model of its own (a judge) puts it on the mesh."""
+    task = get_task(settings.task, **settings.task_options)
+    if mesh is not None and isinstance(task, MeshTask):
+        task.use_mesh(mesh)
+    return task
 
 
 def style_of(settings: Settings, completion: str) -> str | None:
@@ -55,7 +59,7 @@ def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
         result = calibrate(
             teacher,
             proxy,
-            make_task(settings),
+            make_task(settings, mesh),
             arm,
             settings.eta[arm],
             config,

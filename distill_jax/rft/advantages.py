@@ -24,7 +24,7 @@ class Advantages:
     """What a rollout (or, with span credit, a token) earns beyond its group.
 
     Attributes:
-      total: f32[B] or f32[B, T]; ``task + eta * calibration``, whitened over the batch if that was asked for.
+      total: f32[B] or f32[B, T]; ``task + further + eta * calibration``, whitened over the batch if that was asked for.
       task: f32[B], the normalised task reward.
       calibration: f32[B] or f32[B, T], the normalised calibration reward before it is multiplied by eta.
     """
@@ -132,8 +132,9 @@ def combine(
     ddof: int = 0,
     mask: jax.Array | None = None,
     whiten_batch: bool = False,
+    further: jax.Array | None = None,
 ) -> Advantages:
-    """A = GN(task) + eta * GN_floor(calibration).
+    """A = GN(task) + further + eta * GN_floor(calibration).
 
     Args:
       task: f32[B] task rewards.
@@ -146,6 +147,7 @@ def combine(
       mask: bool, the shape of calibration: where a calibration reward exists. Elsewhere only the task reward
         counts.
       whiten_batch: whiten the sum over the batch (GDPO); needs f32[B].
+      further: f32[B], the weighted sum of other rewards, each normalised by itself; None is 0.
 
     Returns:
       Advantages; total has the shape of calibration.
@@ -171,7 +173,8 @@ def combine(
     calibration_part = group_normalise(
         calibration, num_samples, eps=eps, floor=floor, scale=scale, ddof=ddof, mask=mask
     )
-    total = (task_part if calibration.ndim == 1 else task_part[:, None]) + eta * calibration_part
+    rows = task_part if further is None else task_part + further
+    total = (rows if calibration.ndim == 1 else rows[:, None]) + eta * calibration_part
     return Advantages(whiten(total, eps, ddof) if whiten_batch else total, task_part, calibration_part)
 
 

@@ -14,21 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 
 from distill_jax.checkpoint import Checkpointer, save_tree, write_json
+from distill_jax.data.stream import ExampleStream
 from distill_jax.mesh import place_batch
 from distill_jax.metrics import MetricWriter, Progress
 from distill_jax.models.adapter import adapter_axes, adapter_scale, init_adapter
 from distill_jax.models.decoder import Params, param_axes
 from distill_jax.models.model import Model
 from distill_jax.optimizer import make_optimizer
+from distill_jax.rewards.terms import Reward, make_rewards
 from distill_jax.rft.config import CalibrationConfig, check_arm
 from distill_jax.rft.rollout import Judgement, Rollouts, Scored, judge, sample_batch, score_rollouts
 from distill_jax.rft.rollout_log import RolloutLog
 from distill_jax.rft.step import RftBatch, RftState, RftStep, init_rft_state, make_rft_step
+from distill_jax.rft.texts import encode_prompts, require_tokenizer
 from distill_jax.rft.validation import Validation, sampling_config, validate
 from distill_jax.sampling import make_sampler
 from distill_jax.tasks.base import Problem, Task
@@ -176,6 +178,23 @@ def calibrate(
     return result
 
 
+def check_prompts(teacher: Model, problems: Sequence[Problem], config: CalibrationConfig) -> None:
+    """Raises ValueError when the prompt of a problem is longer than the largest size there is for it."""
+    questions = [problem.prompt for problem in problems]
+    prompts = encode_prompts(
+        require_tokenizer(teacher, "the teacher"), questions, config.prompt_style, config.system
+    )
+    lengths = [len(prompt) for prompt in prompts]
+    largest, longest = max(config.prompt_sizes), max(lengths, default=0)
+    if longest > largest:
+        over = sum(length > largest for length in lengths)
+        raise ValueError(
+            f"{over} of {len(lengths)} prompts are longer than the largest of prompt_sizes={config.prompt_sizes}, the "
+            f"longest has {longest} tokens: {questions[lengths.index(longest)][:80]!r}...; give a larger size, or "
+            "leave long questions out (the option max_prompt_bytes of tasks that read data sets)"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What stays the same during a run."""
@@ -191,9 +210,9 @@ class _Run:
     step: RftStep
     scale: float
     initial: RftState
-    problems: Sequence[Problem]
     validation_problems: Sequence[Problem]
-    order: grain.MapDataset
+    batches: ExampleStream[Problem]
+    rewards: tuple[Reward, ...]
 
     @classmethod
     def make(
@@ -225,7 +244,8 @@ class _Run:
             axes=axes if module.mesh else None,
         )
         problems = task.problems("train", config.train_problems, seed)
-        order = grain.MapDataset.range(len(problems)).seed(seed).shuffle().repeat()
+        validation_problems = task.problems("validation", config.validation_problems, seed)
+        check_prompts(teacher, [*problems, *validation_problems], config)
         return cls(
             teacher=teacher,
             proxy=proxy,
@@ -238,9 +258,9 @@ class _Run:
             step=step,
             scale=scale,
             initial=init_rft_state(trainable, optimizer),
-            problems=problems,
-            validation_problems=task.problems("validation", config.validation_problems, seed),
-            order=order,
+            validation_problems=validation_problems,
+            batches=ExampleStream(problems, config.prompts_per_step, seed),
+            rewards=make_rewards(config.rewards, teacher.mesh, teacher.module.dtype),
         )
 
     def policy(self, trainable: Params) -> tuple[Params, Params | None, float]:
@@ -281,14 +301,15 @@ class _Run:
         """One batch of rollouts and the updates on it."""
         started = time.monotonic()
         config, teacher = self.config, self.teacher
-        first = step * config.prompts_per_step
-        problems = [self.problems[self.order[first + i]] for i in range(config.prompts_per_step)]
+        problems = self.batches[step]
         sampler = make_sampler(
             teacher.module, sampling_config(teacher, config, config.rft.num_samples), config.prompt_sizes
         )
         key = jax.random.fold_in(jax.random.fold_in(self.key, _ROLLOUTS), step)
         batch = sample_batch(sampler, teacher, problems, key, config, *self.policy(state.trainable))
-        rollouts, scored = score_rollouts(teacher, self.proxy, self.task, problems, batch, config)
+        rollouts, scored = score_rollouts(
+            teacher, self.proxy, self.task, problems, batch, config, rewards=self.rewards
+        )
         judgement = judge(rollouts, scored, config, self.arm, self.eta)
         rft_batch = RftBatch(batch.sequences, judgement.advantages, scored.lp_reference, batch.lp)
         if teacher.mesh is not None:
@@ -300,6 +321,7 @@ class _Run:
         metrics = {name: float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
         metrics |= {name: float(value) for name, value in values.items()}
         metrics |= {"verifier_failures": float(scored.task.failures), "seconds": time.monotonic() - started}
+        metrics |= {f"reward_{name}_failures": float(r.failures) for name, r in scored.further.items()}
         return state, metrics, (rollouts, scored, judgement)
 
     def review(self, record: _Record, validation: Validation, done: int) -> bool:

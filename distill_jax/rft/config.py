@@ -6,6 +6,7 @@ import dataclasses
 
 from distill_jax.models.adapter import AdapterConfig
 from distill_jax.optimizer import OptimizerConfig
+from distill_jax.rewards.terms import RewardTerm, check_terms
 from distill_jax.rft.advantages import SCALES
 from distill_jax.rft.calibration import UNITS
 from distill_jax.rft.step import TRAINABLE, RftConfig
@@ -42,6 +43,7 @@ class CalibrationConfig:
       advantage_eps, advantage_ddof: see `advantages.group_normalise`.
       calibration_floor: smallest deviation of the calibration reward that is divided by, in its units.
       whiten: whiten the summed advantages over the batch.
+      rewards: beside the task's own, each normalised by itself and added with its weight.
 
       prompt_style, proxy_prompt_style, system: see `texts.encode_prompts`.
       prompt_sizes, completion_size: slots of the teacher's prompts (buckets) and completions.
@@ -85,6 +87,7 @@ class CalibrationConfig:
     advantage_ddof: int = 0
     calibration_floor: float = 0.01
     whiten: bool = False
+    rewards: tuple[RewardTerm, ...] = ()
 
     prompt_style: str = "auto"
     proxy_prompt_style: str = "auto"
@@ -117,6 +120,7 @@ class CalibrationConfig:
             if not sizes or min(sizes) < 1:
                 raise ValueError(f"{name} must be sizes of at least 1, got {sizes}")
             object.__setattr__(self, name, sizes)
+        object.__setattr__(self, "rewards", check_terms(self.rewards))
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

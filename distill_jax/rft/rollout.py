@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,12 @@ from distill_jax.masked import masked_sum
 from distill_jax.mesh import place_batch
 from distill_jax.models.decoder import Decoder, Params
 from distill_jax.models.model import Model
-from distill_jax.rft.advantages import combine, saturated_groups
+from distill_jax.rewards.terms import Reward
+from distill_jax.rft.advantages import combine, group_normalise, saturated_groups
 from distill_jax.rft.calibration import calibration_reward, gate_within_correct, likelihood_gap, span_credit
 from distill_jax.rft.config import CalibrationConfig
 from distill_jax.rft.micro_batches import count_pieces, map_rows
-from distill_jax.rft.rewards import TaskRewards, task_rewards
+from distill_jax.rft.rewards import FurtherReward, TaskRewards, further_rewards, task_rewards
 from distill_jax.rft.texts import (
     EncodedTexts,
     encode_completions,
@@ -83,6 +84,7 @@ class Scored:
       encoded: the proxy's tokens.
       scorable: bool[B], both sides are about the same bytes.
       task: rewards.
+      further: name -> rewards of the config, in the order of `config.rewards`.
     """
 
     lp_reference: jax.Array
@@ -91,6 +93,7 @@ class Scored:
     encoded: EncodedTexts
     scorable: np.ndarray
     task: TaskRewards
+    further: Mapping[str, FurtherReward] = dataclasses.field(default_factory=dict)
 
 
 def sample_batch(
@@ -174,6 +177,7 @@ def score_rollouts(
     config: CalibrationConfig,
     *,
     with_anchor: bool = True,
+    rewards: Sequence[Reward] = (),
 ) -> tuple[Rollouts, Scored]:
     """Reads and judges a sampled batch. Models score no more rows at a time than an update takes.
 
@@ -181,6 +185,7 @@ def score_rollouts(
       teacher: its bare parameters are the reference.
       proxy: the frozen small model.
       with_anchor: also score the reference at the sampling temperature, which only training needs.
+      rewards: of `config.rewards`; validation needs none.
     """
     rft = config.rft
     plain = (rft.temperature, rft.top_k, rft.top_p) == (1.0, 0, 1.0)
@@ -216,9 +221,10 @@ def score_rollouts(
         pieces=count_pieces(rows, micro_rows, proxy.mesh),
     )
     judged = task_rewards(task, rollouts.problems, rollouts.texts, rollouts.ended, config.correct_at)
+    further = further_rewards(rewards, rollouts.problems, rollouts.texts, rollouts.ended)
     lp_teacher = lp_plain if config.numerator == "reference" else batch.lp_model
     scorable = rollouts.faithful & encoded.usable
-    return rollouts, Scored(lp_reference, lp_teacher, lp_proxy, encoded, scorable, judged)
+    return rollouts, Scored(lp_reference, lp_teacher, lp_proxy, encoded, scorable, judged, further)
 
 
 @jax.tree_util.register_dataclass
@@ -256,6 +262,7 @@ def judge(rollouts: Rollouts, scored: Scored, config: CalibrationConfig, arm: st
         scored.lp_proxy,
         sequences.completion_mask,
         sequences.completion_length,
+        {name: reward.values for name, reward in scored.further.items()},
     )
 
 
@@ -269,6 +276,7 @@ def _judge(
     lp_proxy: jax.Array,
     token_mask: jax.Array,
     tokens: jax.Array,
+    further: dict[str, jax.Array],
 ) -> Judgement:
     samples = config.rft.num_samples
     task, correct, scorable = host["task"], host["correct"], host["scorable"]
@@ -290,6 +298,7 @@ def _judge(
     if terms is not None:
         own = scorable & correct if config.within_correct else scorable
         credit, credit_mask = span_credit(terms, spans.id_t, reward, own, token_mask, samples, known)
+    added, further_sums = _further_advantages(config, further)
     advantages = combine(
         task,
         credit,
@@ -301,6 +310,7 @@ def _judge(
         ddof=config.advantage_ddof,
         mask=credit_mask,
         whiten_batch=config.whiten,
+        further=added,
     )
     sums, gap_per_byte = _gap_sums(host, lp_teacher, lp_proxy, tokens)
     all_rows = jnp.ones(task.shape, bool)
@@ -312,7 +322,33 @@ def _judge(
         "advantage_calibration_abs": masked_sum(jnp.abs(advantages.calibration), credit_mask),
         "span_coverage": spans.coverage()["bytes_t"],
     }
+    sums |= further_sums
     return Judgement(advantages.total, gap_per_byte, sums)
+
+
+def _further_advantages(
+    config: CalibrationConfig, further: dict[str, jax.Array]
+) -> tuple[jax.Array | None, Sums]:
+    """The weighted sum of the config's rewards, each normalised in its group, and what is logged of each."""
+    total: jax.Array | None = None
+    sums: Sums = {}
+    for term in config.rewards:
+        if term.name not in further:
+            continue
+        known = ~jnp.isnan(further[term.name])
+        values = jnp.where(known, further[term.name], 0.0)
+        normalised = group_normalise(
+            values,
+            config.rft.num_samples,
+            eps=config.advantage_eps,
+            scale=config.normalisation,
+            ddof=config.advantage_ddof,
+            mask=known,
+        )
+        total = term.weight * normalised + (0.0 if total is None else total)
+        sums[f"reward_{term.name}"] = masked_sum(values, known)
+        sums[f"advantage_{term.name}_abs"] = masked_sum(jnp.abs(normalised), known)
+    return total, sums
 
 
 def _gap_sums(

@@ -7,8 +7,9 @@ import difflib
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +17,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 Item = TypeVar("Item")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +68,57 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchTask(Task, Protocol):
+    """A task that judges many completions better together: in several processes, or on an accelerator."""
+
+    def score_batch(
+        self, problems: Sequence[Problem], completions: Sequence[str], ended: Sequence[bool]
+    ) -> list[float]:
+        """`score` of each row."""
+        ...
+
+
+@runtime_checkable
+class MeshTask(Task, Protocol):
+    """A task that judges with a model of its own."""
+
+    def use_mesh(self, mesh: Any) -> None:
+        """Puts the model on a mesh, before the first completion is judged."""
+        ...
+
+
+def score_all(
+    task: Task, problems: Sequence[Problem], completions: Sequence[str], ended: Iterable[bool]
+) -> tuple[list[float], int]:
+    """(rewards, how many verifications raised): a row whose verifier raises scores 0 and stops nothing.
+
+    Args:
+      task: its `score_batch` is used where it has one.
+      problems, completions, ended: one a row.
+    """
+    ends = [bool(end) for end in ended]
+    if isinstance(task, BatchTask):
+        return [float(reward) for reward in task.score_batch(problems, completions, ends)], 0
+    rewards, raised = [], 0
+    for problem, text, end in zip(problems, completions, ends, strict=True):
+        try:
+            rewards.append(float(task.score(problem, text, end)))
+        except Exception as error:
+            if not raised:
+                _log.warning("task %s could not judge %r: %r", task.name, text, error)
+            raised += 1
+            rewards.append(0.0)
+    return rewards, raised
+
+
 TASKS: dict[str, str | Callable[..., Task]] = {
     # name -> "module:class", imported at the first use because a task may need a large package, or the class
     # itself.
     "chain_arithmetic": "distill_jax.tasks.chain_arithmetic:ChainArithmetic",
+    "instructions": "distill_jax.tasks.instructions:Instructions",
+    "math_text": "distill_jax.tasks.math_text:MathText",
+    "multiple_choice": "distill_jax.tasks.multiple_choice:MultipleChoice",
     "reasoning_gym": "distill_jax.tasks.reasoning_gym:ReasoningGym",
 }
 

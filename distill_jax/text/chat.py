@@ -44,9 +44,31 @@ def render_prompt(
         return f"{head}Question: {user_text}\nAnswer:"
     if tokenizer.chat_template is None:
         raise ValueError(f"{tokenizer!r} has no chat template; use the style 'plain' or 'auto'")
+    return _render(tokenizer, _messages(user_text, system), add_generation_prompt=True)
+
+
+def render_answered(tokenizer: Tokenizer, user_text: str, answer: str, system: str | None = None) -> str:
+    """A question with its answer, as a finished conversation; encode it with `Tokenizer.encode_prompt`.
+
+    The tokenizer's chat template on [system, user, assistant], without a generation prompt; without a template the
+    plain prompt of `render_prompt`, a space and the answer.
+
+    Raises:
+      ValueError: a template that fails or refuses the conversation.
+    """
+    if tokenizer.chat_template is None:
+        return f"{render_prompt(tokenizer, user_text, 'plain', system)} {answer}"
+    messages = [*_messages(user_text, system), {"role": "assistant", "content": answer}]
+    return _render(tokenizer, messages, add_generation_prompt=False)
+
+
+def _messages(user_text: str, system: str | None) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": user_text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    assert tokenizer.chat_template is not None
     special_ids = {
         "bos_token": tokenizer.settings.bos_id,
         "eos_token": tokenizer.settings.eos_id,
@@ -55,7 +77,7 @@ def render_prompt(
     names = {name: tokenizer.id_to_token(index) for name, index in special_ids.items() if index is not None}
     try:
         template = _compile(tokenizer.chat_template)
-        return template.render(messages=messages, add_generation_prompt=True, **names)
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
     # A template is a program: it can end in any error, its own raise_exception and the sandbox's refusals among them.
     except Exception as error:
         raise ValueError(

@@ -1,0 +1,130 @@
+"""Which option of a multiple-choice question did a completion choose?
+
+Models say it in many ways: `B`, `(B) Paris`, `**Answer: B**`, `\\boxed{\\text{B}}`, `The answer is Paris.` The
+last mark of the strongest kind counts, since models correct themselves; a completion that names two options
+where it should name one chose none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+_ANNOUNCED = re.compile(
+    r"\b(?:answer|choice|option)\b(?:\s+(?:here|to (?:this|the) question))?(?:\s+(?:is|would be|should be|must be)\b)?"
+    r"\s*[:=]?\s*(?:therefore\s+|clearly\s+|most likely\s+)?(?:option\b|choice\b|letter\b)?\s*[:=]?\s*"
+    r"|答案(?:是|为)?\s*[:\uff1a]?\s*",
+    re.IGNORECASE,
+)
+_DECLARED = re.compile(
+    r"(?<![\w'])\(?([A-Z])\)?[.:]?(?:\s*\([^()]*\))?\s+is\s+(?:clearly\s+)?(?:the\s+)?(?:most\s+|single\s+)?"
+    r"(?:correct|right|best|appropriate|accurate)\b"
+)
+# A letter, alone or in brackets, that is no part of a word.
+_LETTER = re.compile(r"[\s(\[\"'“{]*([A-Za-z])(?![\w'’])[)\]}]?")
+_SECOND = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b)\s*(?:or\s+|and\s+)?\(?([A-Z])\)?(?![\w'’])")
+_DECORATION = re.compile(r"\*\*|__|`|\$|\\(?:text|textbf|mathrm|mathbf|textit)\s*(?=\{)")
+# After "A" or "I", which are words too, only these make it a letter.
+_GOES_ON = re.compile(r"\s*(?:$|[\n.,:;)\]}\"'”(!-]|(?:because|since|as|for|is|or|and)\b)")
+
+
+def extract_choice(completion: str, options: Sequence[str], stop_texts: Sequence[str] = ()) -> int | None:
+    """The index of the option that a completion chose, None when it chose none, or more than one.
+
+    Reasoning in `<think>` is left out, and the completion is read up to the first stop text. The first of
+    these that is there decides, and of several of a kind the last:
+
+    1. `<answer>...</answer>`, `\\boxed{...}`, what follows `####`;
+    2. what follows "answer", "option" or "choice", with or without "is" and a colon;
+    3. "B is correct";
+    4. a last or first line that is nothing but a choice: `B`, `(B)`, `B. Paris`, `Paris`.
+
+    A choice is a letter of the options (a small one only in brackets or alone), or an option's text.
+
+    Args:
+      completion: what the model wrote.
+      options: texts of the options; the first has the letter A.
+      stop_texts: where a model that never ends by itself has begun something else.
+    """
+    text = completion.rpartition("</think>")[2].lstrip()
+    text = text[: min((text.find(stop) for stop in stop_texts if stop in text), default=None)].strip()
+    for marks in (_strong_marks(text), _announced(text), _DECLARED.findall(_plain(text))):
+        for tail in reversed(list(marks)):
+            choice = _choice_at_start(_plain(tail), options)
+            if choice is not None:
+                return choice if choice >= 0 else None
+    lines = [line for line in _plain(text).splitlines() if line.strip()]
+    for line in (*lines[-1:], *lines[:1]):
+        choice = _whole_line(line, options)
+        if choice is not None:
+            return choice
+    return None
+
+
+def _plain(text: str) -> str:
+    """Without marks of bold type, code and mathematics."""
+    return _DECORATION.sub("", text)
+
+
+def _strong_marks(text: str) -> Iterator[str]:
+    yield from _TAGGED.findall(text)
+    yield from _BOXED.findall(text)
+    yield from filter(str.strip, text.split("####")[1:])
+
+
+def _announced(text: str) -> Iterator[str]:
+    plain = _plain(text)
+    for match in _ANNOUNCED.finditer(plain):
+        yield plain[match.end() :]
+
+
+def _choice_at_start(tail: str, options: Sequence[str]) -> int | None:
+    """The option that a text begins with; -1 when it begins with several, None with none."""
+    match = _LETTER.match(tail)
+    if match:
+        letter, rest = match[1], tail[match.end() :]
+        enclosed = match[0].strip()[:1] in "([{" or not tail[match.end() :].strip(" .)\n")
+        is_letter = (
+            letter.isupper() and (letter not in "AI" or enclosed or _GOES_ON.match(rest))
+        ) or enclosed
+        index = LETTERS.index(letter.upper())
+        if is_letter and index < len(options):
+            second = _SECOND.match(rest)
+            several = second is not None and LETTERS.index(second[1]) < len(options) and second[1] != letter
+            return -1 if several else index
+    return _option_text(tail.partition("\n")[0], options)
+
+
+def _option_text(line: str, options: Sequence[str]) -> int | None:
+    """The one option whose text this line is, or begins with; the longest where one begins with another."""
+    said = _words(line)
+    found = [
+        (len(words), index)
+        for index, option in enumerate(options)
+        if (words := _words(option)) and said[: len(words)] == words
+    ]
+    longest = max(found, default=None)
+    if longest is None or [size for size, _ in found].count(longest[0]) > 1:
+        return None
+    return longest[1]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+|[^\w\s.,;:!?()\"'“”]", text.lower())
+
+
+def _whole_line(line: str, options: Sequence[str]) -> int | None:
+    """The option that a line consists of: a letter, a letter and a text, or an option's text."""
+    match = re.fullmatch(r"\s*(?:[-*>]\s*)?\(?([A-Za-z])(?:\)|\.|:|(?=\s*$))\s*(.*)", line)
+    if match and LETTERS.index(match[1].upper()) < len(options):
+        index = LETTERS.index(match[1].upper())
+        if not match[2].strip() or _words(match[2])[: len(_words(options[index]))] == _words(options[index]):
+            return index
+        return index if match[1].isupper() and _option_text(match[2], options) is None else None
+    said = _words(line)
+    same = [index for index, option in enumerate(options) if said and said == _words(option)]
+    return same[0] if len(same) == 1 else None

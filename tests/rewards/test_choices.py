@@ -1,0 +1,69 @@
+"""Answers to multiple-choice questions as models write them; each case was written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill_jax.rewards.choices import extract_choice
+
+OPTIONS = ("London", "Paris", "a new town", "New York", "New York City")
+
+CASES = [
+    ("B", 1),
+    ("b", 1),
+    ("(B)", 1),
+    ("B.", 1),
+    ("B. Paris", 1),
+    ("B) Paris", 1),
+    ("**B**", 1),
+    ("Paris", 1),
+    ("paris.", 1),
+    ("Answer: B", 1),
+    ("**Answer:** (B) Paris", 1),
+    ("**Answer: B**", 1),
+    ("The answer is B.", 1),
+    ("The correct answer is (b).", 1),
+    ("The answer is Paris.", 1),
+    ("The answer is **B. Paris**, since it is the capital.", 1),
+    ("The correct option is B because it is the capital of France.", 1),
+    ("The best choice would be option B.", 1),
+    ("Final answer: $\\boxed{B}$", 1),
+    ("\\boxed{\\text{(B)}}", 1),
+    ("\\boxed{B. \\text{Paris}}", 1),
+    ("It lies on the Seine.\n#### B", 1),
+    ("<answer>B</answer>", 1),
+    ("<think>A? The answer is A.</think>\nB", 1),
+    ("Answer: A. Wait, that is in England. Answer: B", 1),
+    ("London is in England, so (B) is the correct answer.", 1),
+    ("Let us think step by step.\nThe capital of France is on the Seine.\n\nB", 1),
+    ("B\n\nParis has been the capital since 987.", 1),
+    ("The answer is: New York City", 4),
+    ("The answer is New York.", 3),
+    ("答案是 B", 1),
+    ("\u7b54\u6848\uff1aB", 1),
+    ("The answer is A because it is large.", 0),
+    ("Answer: a new town", 2),
+    ("Answer: A new town is meant here.", 2),
+    ("My answer is that nobody can know.", None),
+    ("The answer is A or B.", None),
+    ("The answer is both A and B.", None),
+    ("A good question! I would have to look it up.", None),
+    ("Answer: G", None),
+    ("I am not sure.", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("completion", "expected"), CASES)
+def test_extract_choice(completion, expected):
+    assert extract_choice(completion, OPTIONS) == expected
+
+
+def test_text_behind_a_stop_text_is_not_read():
+    assert extract_choice("B\n\nQuestion: next?\nAnswer: C", OPTIONS, ("\nQuestion:",)) == 1
+
+
+def test_numbers_as_options():
+    """A number that is an option's text is not confused with a longer one."""
+    assert extract_choice("The answer is 12.", ["1", "12", "-12", "1.2"]) == 1
+    assert extract_choice("The answer is -12.", ["1", "12", "-12", "1.2"]) == 2

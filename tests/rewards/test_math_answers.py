@@ -1,0 +1,56 @@
+"""Mathematical answers in the forms that models write; a comparison that never ends costs one sample."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill_jax.rewards.math_answers import MathVerifier, final_answer
+
+CASES = [
+    ("72", "48 + 24 = 72, so she sold 72 clips.\n#### 72", 1.0),
+    ("72", "The answer is 72.", 1.0),
+    ("72", "So in all \\boxed{72}", 1.0),
+    ("72", "72 is less than 73, so the answer is 73.", 0.0),
+    ("72", "#### 7", 0.0),
+    ("1250", "#### $1,250", 1.0),
+    ("1/2", "the answer is $\\frac{1}{2}$", 1.0),
+    ("\\frac{1}{2}", "x = 0.5", 1.0),
+    ("\\frac{1}{2}", "\\boxed{50\\%}", 1.0),
+    ("\\sqrt{2}", "\\boxed{\\sqrt2}", 1.0),
+    ("x^2+2x+1", "\\boxed{(x+1)^2}", 1.0),
+    ("(1, 2)", "\\boxed{(1,2)}", 1.0),
+    ("-3", "#### -3", 1.0),
+    ("-3", "#### 3", 0.0),
+    ("5", "", 0.0),
+    ("5", "I do not know.", 0.0),
+]
+
+
+def test_answers_in_many_forms():
+    answers, completions, expected = zip(*CASES, strict=True)
+    verifier = MathVerifier(seconds=30)
+    assert list(zip(completions, verifier(answers, completions), strict=True)) == list(
+        zip(completions, expected, strict=True)
+    )
+    assert verifier.failures == 0
+
+
+def test_what_cannot_be_judged_counts_as_wrong_and_is_counted():
+    verifier = MathVerifier(seconds=1.0, workers=1)
+    hopeless = "\\boxed{9^{9^{9^{9}}}!}"  # a number that no memory holds
+    assert verifier(["3", "", "3"], [hopeless, "\\boxed{4}", "\\boxed{3}"]) == [0.0, 0.0, 1.0]
+    assert verifier.failures == 2
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("a\n#### 4\nmore", "4"),
+        ("#### 3 no, #### 4", "4"),
+        ("two lines\n3", "two lines\n3"),
+        ("so 4\n####", "so 4\n"),
+        ("\n\nit is 4\n\nQuestion: 5", "it is 4"),
+    ],
+)
+def test_final_answer(completion, expected):
+    assert final_answer(completion, ("\n\n", "\nQuestion:")) == expected
