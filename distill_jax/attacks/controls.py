@@ -1,0 +1,134 @@
+"""The tests of the suite itself: sham defences that it must break, and a teacher that must defeat all of it.
+
+An evaluation whose attacks fail because they are broken looks like a strong defence. So the suite runs beside every
+evaluation against weaknesses that were planted (the "active tests" of Zimmermann et al., arXiv 2206.13991), and its
+verdict counts only if it finds them; and against a teacher from which nothing can be learned, where an attack that
+succeeds would mean that our own evaluation leaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from distill_jax.attacks.attack import ON_GIVEN_TEXT, Attack
+from distill_jax.attacks.tools import Text
+
+GARBAGE = " %%"
+RECOVERED = 0.9  # share of the clean gain that an attack must recover from a sham defence
+LEAKED = 0.1  # share of the clean gain above which a teacher without labels has taught something
+
+Corrupt = Callable[[Sequence[Text], int], list[Text]]
+
+
+def append_garbage(texts: Sequence[Text], seed: int) -> list[Text]:
+    """The same few bytes after every text."""
+    return [dataclasses.replace(text, completion=text.completion + GARBAGE) for text in texts]
+
+
+def permute_labels(texts: Sequence[Text], seed: int) -> list[Text]:
+    """Every text under the prompt of another problem: one cycle through all, so that none stays where it was."""
+    if len(texts) < 2:
+        raise ValueError(f"labels of {len(texts)} texts cannot be permuted; expected at least 2")
+    order = np.random.default_rng([seed, 33]).permutation(len(texts))
+    moved: list[Text] = list(texts)
+    for place, source in zip(order, np.roll(order, 1), strict=True):
+        moved[place] = dataclasses.replace(
+            texts[place],
+            completion=texts[source].completion,
+            ended=texts[source].ended,
+            asked=texts[source].prompt,
+        )
+    return moved
+
+
+def shuffle_words(texts: Sequence[Text], seed: int) -> list[Text]:
+    """The words of every text in random order: useless text, made of the right tokens."""
+    rng = np.random.default_rng([seed, 22])
+    return [
+        dataclasses.replace(text, completion=" ".join(rng.permutation(text.completion.split(" ")).tolist()))
+        for text in texts
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A planted weakness, or a teacher without information.
+
+    Attributes:
+      id, name, sentence: as of an attack.
+      expect: "recover" (the best of `attacks` must recover at least `RECOVERED` of the clean gain), "fail" (no attack
+        that uses the teacher may gain `LEAKED` of it) or "monotone" (judged on the other arms; trains nothing).
+      arm: name of its teacher, made of the original one by `corrupt`; "" for none.
+      corrupt: (texts, seed) -> texts that this teacher gives away. Its distributions are those of the original one,
+        under the prompt that was really asked.
+      attacks: with "recover", ids of those that must.
+      threshold: of the recovered gap.
+    """
+
+    id: str
+    name: str
+    sentence: str
+    expect: str
+    arm: str = ""
+    corrupt: Corrupt | None = None
+    attacks: tuple[str, ...] = ()
+    threshold: float = RECOVERED
+
+
+CONTROLS = (
+    Control(
+        "P1",
+        "sham defence",
+        "The original teacher with the same garbage after every text: A3 or A5 must recover at least 90 %.",
+        "recover",
+        "sham",
+        append_garbage,
+        attacks=("A3", "A5"),
+    ),
+    Control(
+        "P2",
+        "text-only defence",
+        "Shuffled texts, honest distributions: an attack that reads distributions must recover at least 90 %.",
+        "recover",
+        "shuffled",
+        shuffle_words,
+        attacks=("A7", "A7b", "A8", "A8b", "A10b"),
+    ),
+    Control(
+        "P3",
+        "permuted labels",
+        "Every text stands under another problem: no attack may learn from it, or the evaluation itself leaks.",
+        "fail",
+        "permuted",
+        permute_labels,
+        threshold=LEAKED,
+    ),
+    Control(
+        "P4",
+        "monotonicity",
+        "The best attack with more access or more data is not worse than the best with less, beyond its interval.",
+        "monotone",
+        threshold=0.0,
+    ),
+)
+
+
+def judges(control: Control, attack: Attack) -> bool:
+    """Whether an attack is run on the teacher of a control.
+
+    One that is expected to defeat every attack is spared those that would learn without it (from clean texts, from the
+    task alone, from the weights themselves), and those that ask it about texts that it has not written: its answers
+    to these would be honest.
+    """
+    if attack.select is None or not attack.uses_teacher:
+        return False
+    if control.expect == "recover":
+        return attack.id in control.attacks
+    informed = attack.access == "weights" or "gold" in attack.needs
+    return control.expect == "fail" and attack.recipe.loss in ON_GIVEN_TEXT and not informed
+
+
+ARMS = {control.arm: control for control in CONTROLS if control.arm}

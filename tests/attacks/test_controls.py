@@ -1,0 +1,62 @@
+"""The planted weaknesses: what the shams write, and who is run against them."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from distill_jax.attacks.controls import (
+    ARMS,
+    CONTROLS,
+    GARBAGE,
+    append_garbage,
+    judges,
+    permute_labels,
+    shuffle_words,
+)
+from distill_jax.attacks.registry import ATTACKS
+from distill_jax.attacks.tools import Query
+from tests.attacks.fake_tools import FakeTools
+
+TEXTS = FakeTools().ask(Query())
+
+
+def test_garbage_is_all_that_the_sham_adds():
+    assert [text.completion for text in append_garbage(TEXTS, 0)] == [t.completion + GARBAGE for t in TEXTS]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_label_stays_where_it_was(seed):
+    moved = permute_labels(TEXTS, seed)
+    assert [(text.prompt, text.problem) for text in moved] == [(text.prompt, text.problem) for text in TEXTS]
+    assert collections.Counter(t.completion for t in moved) == collections.Counter(
+        t.completion for t in TEXTS
+    )
+    written_for = {text.completion: text.prompt for text in TEXTS}
+    assert all(written_for[text.completion] == text.asked != text.prompt for text in moved)
+    assert moved == permute_labels(TEXTS, seed) != permute_labels(TEXTS, seed + 1)
+
+
+def test_one_text_cannot_be_permuted():
+    with pytest.raises(ValueError, match="at least 2"):
+        permute_labels(TEXTS[:1], 0)
+
+
+def test_shuffled_words_are_the_same_words():
+    shuffled = shuffle_words(TEXTS, 1)
+    assert [sorted(t.completion.split(" ")) for t in shuffled] == [
+        sorted(t.completion.split(" ")) for t in TEXTS
+    ]
+    assert np.mean([a.completion != b.completion for a, b in zip(shuffled, TEXTS, strict=True)]) > 0.5
+    assert not any(text.asked for text in shuffled)  # the distributions stay those of the real prompt
+
+
+def test_who_is_run_against_what():
+    by_id = {control.id: control for control in CONTROLS}
+    run = {name: {a for a in ATTACKS if judges(by_id[name], ATTACKS[a])} for name in by_id}
+    assert run["P1"] == {"A3", "A5"} and run["P2"] == {"A7", "A7b", "A8", "A8b", "A10b"} and not run["P4"]
+    # An attacker with clean texts, weights, or a verifier alone would learn without the teacher.
+    assert run["P3"] == {"A1", "A2", "A3", "A5", "A6", "A7", "A10b", "A11x16", "A13"}
+    assert set(ARMS) == {"sham", "shuffled", "permuted"}
