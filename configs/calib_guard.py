@@ -1,6 +1,6 @@
 """Calibrate a teacher in both directions, distil students from it, show the knob.
 
-    python launch/tpu_run.py --config=configs/calib_guard.py[:PAIR] --workdir=DIR [--config.FIELD=VALUE ...]
+    python launch/tpu_run.py --config=configs/calib_guard.py[:PAIR[,TASK]] --workdir=DIR [--config.FIELD=VALUE ...]
 
 PAIR names the models:
 
@@ -14,6 +14,14 @@ gemma3_12b      Gemma 3 12B / 4B / 1B, the trio of arXiv 2604.18963. 16 TPU v5e 
                 weights from folders of yours.
 qwen3_8b        Qwen3 8B / 1.7B / 0.6B, the other trio; the same.
 
+TASK replaces the task of a pair of published models by one on your data, given by --config.task.options.path (a JSONL
+file, a prepared tensorflow-datasets or a Hugging Face datasets folder) with .dataset (a configured data set) or the
+.columns of your own:
+
+math_text        judged by math-verify
+multiple_choice  judged by the letter or text of the option
+instructions     judged by a sequence classifier, --config.task.options.reward_model=FOLDER
+
 --config.stages="()" prints the plan (models, mesh, batches, memory) and runs nothing.
 --config.budget_curve=full adds 4x and 8x the student budget with one seed, to see where a guard breaks.
 """
@@ -26,6 +34,9 @@ from distill_jax.models.adapter import AdapterConfig
 from distill_jax.models.presets import PRESETS
 from distill_jax.models.spec import ModelSpec
 from distill_jax.optimizer import OptimizerConfig
+from distill_jax.pipeline.attack_settings import AttackSuite
+from distill_jax.pipeline.dial_settings import DialConfig
+from distill_jax.pipeline.probe_settings import ProbeSuite
 from distill_jax.pipeline.settings import (
     STAGES,
     Distillation,
@@ -47,12 +58,25 @@ ETA = {
 }  # strength of each calibrated arm; control is 0
 
 
+# Task on data of the user's own -> the columns that it reads.
+DATA_TASKS = {
+    "math_text": ("question", "answer"),
+    "multiple_choice": ("question", "answer", "choices"),
+    "instructions": ("question", "answer"),
+}
+
+
 def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     """The config of a pair. `smoke_values` says what smoke mode changes; a field that you set yourself stays."""
     pairs = {"tiny": _tiny, "gemma3_270m": _gemma3_270m, "gemma3_12b": _gemma3_12b, "qwen3_8b": _qwen3_8b}
-    pair = arg or "tiny"
+    pair, _, task = (arg or "tiny").partition(",")
     if pair not in pairs:
         raise ValueError(f"pair {pair!r} does not exist; choose from {sorted(pairs)}")
+    if task and (task not in DATA_TASKS or pair == "tiny"):
+        raise ValueError(
+            f"{arg!r}: a pair of published models may be followed by one of the tasks {sorted(DATA_TASKS)}; "
+            "models that are trained in the run have a task of their own"
+        )
     config = config_dict.ConfigDict()
     config.pair = pair
     config.seed = 0  # of everything: base models, calibration, students
@@ -63,9 +87,16 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config.dtype = "float32"  # of weights and computation
     config.remat = "dots"  # "none", "dots" or "full": what the backward pass computes again
     config.eta = config_dict.ConfigDict(ETA)
+    config.attacks = "none"  # "tier1", or ids such as "A1,A3": see configs/attack.py
+    config.attack_suite = to_config(AttackSuite())
+    config.probes = "none"  # "all", or names such as "gap,decoding"
+    config.probe_suite = to_config(ProbeSuite())
+    config.dial = to_config(DialConfig())  # off while it names no arm
     config.bpe_vocab_size = 512  # at most; of BPE tokenizers that are trained in the run
     config.base_optimizer = to_config(OptimizerConfig("muon", 0.01, warmup_steps=20, weight_decay=0.05))
     smoke = pairs[pair](config)
+    if task:
+        _data_task(config, task)
     config.smoke_values = with_full_values(config, smoke)  # (field, full value, smoke value)
     return config
 
@@ -98,14 +129,15 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         )
 
     # A style that the teacher masters and that is beyond a small student for a long time (two operations a step),
-    # learned first, then mixed with the easy one that it would write most of the time.
+    # learned first, then written as often as the easy one. The gold text has the same mix.
+    mix = (("explicit", 0.5), ("folded", 0.5))
     teacher = Role(
         "train",
         spec(4, 96, 4, 256),
         tokenizer="bpe",
         phases=(
-            Phase(2400, 0.01, (("explicit", 0.4), ("folded", 0.6)), (3, 5), 32),
-            Phase(300, 0.003, (("explicit", 0.6), ("folded", 0.4)), (3, 5), 32),
+            Phase(3000, 0.01, (("explicit", 0.4), ("folded", 0.6)), (4, 6), 32),
+            Phase(300, 0.003, mix, (4, 6), 32),
         ),
         prompt_style="raw",
     )
@@ -117,7 +149,13 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         "bytes": Role("train", spec(2, 32, 2, 86), "bytes", prompt_style="raw", seed=2, **small),
         "bpe": Role("train", spec(2, 32, 2, 86), "bpe", prompt_style="raw", seed=3, **small),
     }
-    config.task = config_dict.create(name="chain_arithmetic", options=config_dict.create(operations=(3, 5)))
+    config.task = config_dict.create(
+        name="chain_arithmetic",
+        options=config_dict.create(
+            operations=(4, 6),
+            gold_styles=config_dict.create(**dict(mix)),
+        ),
+    )
     calibration = CalibrationConfig(
         steps=40,
         prompts_per_step=16,
@@ -125,9 +163,11 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         adapter=AdapterConfig(rank=8, alpha=16.0, targets=("attn", "mlp", "head")),
         optimizer=OptimizerConfig("adamw", 1e-3, warmup_steps=0, final_fraction=1.0),
         prompt_sizes=(16,),
-        completion_size=40,
+        completion_size=48,
         proxy_prompt_sizes=(16,),
-        proxy_completion_sizes=(48,),
+        proxy_completion_sizes=(56,),
+        # Between styles the gap differs by several nats a byte, within one by a few tenths: that is noise.
+        calibration_floor=1.0,
         validation_problems=512,  # a floor of 1 point needs them
         validation_batch=256,
         validation_every=5,
@@ -141,16 +181,20 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         training=StudentConfig(
             batch_size=64, optimizer=OptimizerConfig("muon", 0.005, 20, weight_decay=0.05)
         ),
-        prompt_size=14,
-        completion_size=40,
+        prompt_size=16,
+        completion_size=48,
         long_budgets=(4.0, 8.0),
     )
     _fill(config, {"teacher": teacher, "proxy": proxy}, students, calibration, distillation, Evaluation())
-    mix = (("explicit", 0.6), ("folded", 0.4))
-    short = to_config((Phase(40, 0.01, mix, (3, 5), 32),))
+    config.probes = "all"
+    config.probe_suite.frequent = 5  # of a vocabulary of a few dozen tokens that occur
+    config.dial = to_config(
+        DialConfig("distillable", other="undistillable", kind="bpe", samples=1024, steps=200)
+    )
+    short = to_config((Phase(40, 0.01, mix, (4, 6), 32),))
     return {
         # Enough to write text; less, and the bytes of a sample are no text that the proxy could read.
-        "roles.teacher.phases": to_config((Phase(150, 0.01, mix, (3, 5), 32),)),
+        "roles.teacher.phases": to_config((Phase(150, 0.01, mix, (4, 6), 32),)),
         "roles.proxy.phases": short,
         "students.bytes.phases": short,
         "students.bpe.phases": short,
@@ -162,6 +206,13 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         "distillation.steps": 10,
         "evaluation.problems": 64,
         "evaluation.batch": 64,
+        "probe_suite.problems": 16,
+        "probe_suite.samples": 2,
+        "dial.scales": (-1.0, 0.0, 1.0),
+        "dial.weights": (0.0, 1.0),
+        "dial.samples": 64,
+        "dial.steps": 10,
+        "dial.problems": 32,
     }
 
 
@@ -225,6 +276,16 @@ def _reasoning_gym(config: config_dict.ConfigDict, dataset: str, shots: int) -> 
     config.task = config_dict.create(
         name="reasoning_gym", options=config_dict.create(dataset=dataset, shots=shots)
     )
+
+
+def _data_task(config: config_dict.ConfigDict, task: str) -> None:
+    text, number = config_dict.placeholder(str), config_dict.placeholder(int)
+    options = config_dict.create(path="", dataset=text, shots=0, max_prompt_bytes=number, instruction=text)
+    options.columns = config_dict.create(**{name: config_dict.placeholder(str) for name in DATA_TASKS[task]})
+    if task == "instructions":
+        options.update(reward_model="", centre=0.0, spread=1.0)
+        config.calibration.correct_at = 0.5  # of a score that the reward model gives, squashed to 0 to 1
+    config.task = config_dict.create(name=task, options=options)
 
 
 def _gemma3_270m(config: config_dict.ConfigDict) -> dict[str, Any]:

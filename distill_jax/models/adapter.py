@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -131,3 +132,34 @@ def merge_adapter(params: Params, adapter: Params, scale: float | jax.Array) -> 
         return {**node, **{name: merge((*path, name), node[name], low[name]) for name in low}}
 
     return merge((), params, adapter)
+
+
+def blend_adapters(parts: Sequence[tuple[Params, float]]) -> Params:
+    """One adapter whose product A B is sum_i w_i A_i B_i, exactly: ranks are put side by side, [A_1, A_2, ...] and
+    [w_1 B_1; w_2 B_2; ...].
+
+    Mixing the factors themselves would add cross terms A_i B_j: (w A_1 + v A_2)(w B_1 + v B_2).
+
+    Args:
+      parts: (adapter of `init_adapter`, its weight w_i); the ranks may differ, the adapted kernels may not.
+
+    Returns:
+      An adapter whose rank is the sum of theirs, to be applied with the multiplier that they share.
+
+    Raises:
+      ValueError: no parts, or adapters of different kernels.
+    """
+    if not parts:
+        raise ValueError("parts is empty; expected at least one adapter with its weight")
+    trees = [adapter for adapter, _ in parts]
+    if len({jax.tree.structure(tree) for tree in trees}) > 1:
+        raise ValueError("the adapters belong to different kernels; they must be made with the same targets")
+
+    def join(path: tuple[Any, ...], *leaves: jax.Array) -> jax.Array:
+        names = tuple(key.key for key in path)
+        if names[-1] == "a":
+            return jnp.concatenate(leaves, axis=-1)
+        weighted = [weight * leaf for leaf, (_, weight) in zip(leaves, parts, strict=True)]
+        return jnp.concatenate(weighted, axis=_split(names)[0])
+
+    return jax.tree_util.tree_map_with_path(join, *trees)

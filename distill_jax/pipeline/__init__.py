@@ -1,6 +1,10 @@
 """The pipeline: a config's stages in order, each skipped when its result already stands in the workdir.
 
 prepare -> calibrate (arms) -> distil (arms x kinds of student x seeds) -> evaluate -> report
+
+Before the report run, each with what it has not done yet: with `probes` other than "none" the probes
+(`pipeline.probe`), with an arm in `dial` the dial (`pipeline.dial`); and with `attacks` other than "none", report or
+not, the attack suite (`pipeline.attack`).
 """
 
 from __future__ import annotations
@@ -14,16 +18,28 @@ from ml_collections import config_dict
 from distill_jax.checkpoint import read_json
 from distill_jax.mesh import make_mesh
 from distill_jax.pipeline.arms import calibrate_arms, make_task
+from distill_jax.pipeline.attack import attack
 from distill_jax.pipeline.checks import check_start
+from distill_jax.pipeline.dial import dial, dial_settings
 from distill_jax.pipeline.distil import ATTACK, distil
 from distill_jax.pipeline.evaluate import evaluate
 from distill_jax.pipeline.plan import format_plan
 from distill_jax.pipeline.prepare import prepare, role_spec
+from distill_jax.pipeline.probe import chosen, probe
+from distill_jax.pipeline.probe_summary import diagnosis_text, summarise_probes
 from distill_jax.pipeline.settings import STAGES, Settings, apply_modes, from_config, read_settings, to_config
 from distill_jax.pipeline.workdir import is_done, open_workdir, plain_config, stage_clock
 from distill_jax.report import Setting, summarise, summary_table, write_report, write_summary
+from distill_jax.report.attack_summary import summarise_attacks
+from distill_jax.report.attack_table import attack_text
+from distill_jax.report.dial_summary import summarise_dial
+from distill_jax.report.dial_table import dial_text
 
-__all__ = ["STAGES", "Settings", "from_config", "read_settings", "run", "to_config"]
+__all__ = ["STAGES", "InvalidEvaluationError", "Settings", "from_config", "read_settings", "run", "to_config"]
+
+
+class InvalidEvaluationError(ValueError):
+    """A positive control of the attack suite failed: its numbers mean nothing. The report is written and says so."""
 
 
 def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> dict[str, Any] | None:
@@ -37,9 +53,13 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
       ValueError: a setting out of range, a mesh that does not fit, models or tokenizers that do not go together, or a
         workdir of another config.
       FileNotFoundError: weights that are not there; says what to install.
+      InvalidEvaluationError: a positive control of the attack suite failed; the report stands.
     """
     settings = read_settings(config)
     make_task(settings)  # an unknown task or option is refused before anything is made
+    chosen(settings)
+    if settings.dial.arm:
+        dial_settings(settings)
     if not settings.stages:
         print(format_plan(settings))
         return None
@@ -54,7 +74,18 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
             print(f"== {stage}", flush=True)
             with stage_clock(folder, stage):
                 work[stage](settings, mesh, folder)
-    if "report" not in settings.stages:
+    reporting = "report" in settings.stages
+    further = {
+        "probe": (probe, settings.probes and reporting),
+        "dial": (dial, settings.dial.arm and reporting),
+        "attack": (attack, settings.attacks),
+    }
+    for stage, (do, wanted) in further.items():
+        if wanted:
+            print(f"== {stage}", flush=True)
+            with stage_clock(folder, stage, more=True):
+                do(settings, mesh, folder)
+    if not reporting:
         return None
     return _report(settings, folder, plain_config(apply_modes(config)))
 
@@ -73,10 +104,29 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
             _setting(settings, folder),
         )
     summary["effective_config"] = effective_config
+    summarise_probes(folder, summary)
+    turned = summarise_dial(folder)
+    if turned is not None:
+        summary["dial"] = turned
+    suite = summarise_attacks(folder, summary["setting"])
+    if suite is not None:
+        summary["attacks"] = suite
     write_summary(folder, summary)
     page = write_report(folder, summary)
     print(summary_table(summary))
+    if "diagnosis" in summary:
+        print(diagnosis_text(summary["diagnosis"]))
+    if turned is not None:
+        print(dial_text(turned))
+    if suite is not None:
+        print(attack_text(suite))
     print(f"report: {page}")
+    if suite is not None and suite["verdict"] == "invalid":
+        failed = [name for name, control in suite["controls"].items() if control["verdict"] == "failed"]
+        raise InvalidEvaluationError(
+            f"the evaluation is invalid: the positive controls {', '.join(failed)} failed, so the attacks cannot be "
+            f"trusted; see {page}"
+        )
     return summary
 
 

@@ -6,7 +6,7 @@ that arms are compared in pairs. The seeds of a cell (arm x kind of student) are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,16 @@ def cell(workdir: Path, arm: str, kind: str) -> Path:
     return workdir / "students" / arm / ATTACK / kind
 
 
-def student_problems(settings: Settings, seed: int) -> list[Problem]:
-    """The training problems of student seed `seed`, the same for every arm."""
+def student_problems(settings: Settings, seed: int, parts: int = 1) -> list[Problem]:
+    """The training problems of student seed `seed`, the same for every arm: `parts` blocks of distillation.samples."""
     return make_task(settings).problems(
-        "train", settings.distillation.samples, settings.seed * 1000 + _STUDENT_PROBLEMS + seed
+        "train", parts * settings.distillation.samples, settings.seed * 1000 + _STUDENT_PROBLEMS + seed
     )
+
+
+def teacher_key(settings: Settings, seed: int) -> jax.Array:
+    """Random key of a teacher's texts for student seed `seed`, the same for every arm."""
+    return jax.random.fold_in(jax.random.key(settings.seed), _STUDENT_PROBLEMS + seed)
 
 
 def decode_texts(
@@ -52,12 +57,16 @@ def decode_texts(
     *,
     temperature: float,
     key: jax.Array,
+    system: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One completion of the arm's teacher for each problem: {"prompt", "completion", "ended"}."""
+    """One completion of the arm's teacher for each problem: {"prompt", "completion", "ended"}.
+
+    `system` stands before the question in place of the run's own text.
+    """
     assert arm.model.tokenizer is not None
     style = settings.roles["teacher"].prompt_style
     prompts = encode_prompts(
-        arm.model.tokenizer, [p.prompt for p in problems], style, settings.calibration.system
+        arm.model.tokenizer, [p.prompt for p in problems], style, system or settings.calibration.system
     )
     rollouts = generate(
         arm.model,
@@ -76,11 +85,12 @@ def decode_texts(
     ]
 
 
-def distil(settings: Settings, mesh: Mesh, workdir: Path) -> None:
-    """Samples the texts of every arm and trains every cell that is not finished yet."""
-    _sample_arms(settings, mesh, workdir)
+def distil(settings: Settings, mesh: Mesh, workdir: Path, sources: Sequence[str] | None = None) -> None:
+    """Samples the texts of every arm and trains every cell that is not finished yet; of `sources` alone if given."""
+    sources = (GOLD, *settings.arms) if sources is None else sources
+    _sample_arms(settings, mesh, workdir, sources)
     for kind, role in settings.students.items():
-        waiting = [arm for arm in (GOLD, *settings.arms) if not _trained(settings, workdir, arm, kind)]
+        waiting = [arm for arm in sources if not _trained(settings, workdir, arm, kind)]
         if not waiting:
             continue
         student = load_role(settings, mesh, workdir, f"student_{kind}")
@@ -99,9 +109,9 @@ def texts_path(workdir: Path, arm: str, seed: int) -> Path:
     return workdir / "students" / arm / f"texts_seed{seed}.jsonl"
 
 
-def _sample_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
+def _sample_arms(settings: Settings, mesh: Mesh, workdir: Path, sources: Sequence[str]) -> None:
     teacher: Model | None = None
-    for arm_name in (GOLD, *settings.arms):
+    for arm_name in sources:
         for seed in range(settings.distillation.seeds):
             path = texts_path(workdir, arm_name, seed)
             if path.exists():
@@ -114,7 +124,7 @@ def _sample_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
                 continue
             teacher = teacher or load_role(settings, mesh, workdir, "teacher")
             arm = load_arm(settings, workdir, teacher, arm_name)
-            key = jax.random.fold_in(jax.random.key(settings.seed), _STUDENT_PROBLEMS + seed)
+            key = teacher_key(settings, seed)
             rows = decode_texts(
                 settings, arm, problems, temperature=settings.distillation.temperature, key=key
             )
@@ -202,12 +212,14 @@ def _saver(folder: Path) -> Callable[[int, Params], None]:
     return save
 
 
-def student_start(settings: Settings, student: Model, seeds: int) -> tuple[Params, Params | None]:
+def student_start(
+    settings: Settings, student: Model, seeds: int, first_seed: int = 0
+) -> tuple[Params, Params | None]:
     """(what is trained with a leading [seeds], frozen weights below it or None)."""
     training = settings.distillation.training
     if training.trainable == "params":
         return stack_replicas([student.params] * seeds), None
-    keys = [jax.random.key(settings.seed * 100 + seed) for seed in range(seeds)]
+    keys = [jax.random.key(settings.seed * 100 + first_seed + seed) for seed in range(seeds)]
     return stack_replicas(
         [init_adapter(student.module, training.adapter, key) for key in keys]
     ), student.params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from distill_jax.pipeline.workdir import read_rows, write_rows
 from distill_jax.rft.texts import encode_prompts, score_texts
 from distill_jax.sampling import RolloutBatch, SamplingConfig, row_keys, sample
 from distill_jax.sequences import pack_prompts
-from distill_jax.tasks.base import Problem, Task
+from distill_jax.tasks.base import Problem, Task, score_all
 
 DECODINGS = ("greedy", "sample")
 _EVALUATION = 7  # purpose of random numbers
@@ -35,7 +36,7 @@ def test_problems(settings: Settings) -> list[Problem]:
 
 def evaluate(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     """Writes evaluation.jsonl and the last rollouts of each arm, and predictions.jsonl of each student seed."""
-    task, problems = make_task(settings), test_problems(settings)
+    task, problems = make_task(settings, mesh), test_problems(settings)
     _evaluate_teachers(settings, mesh, workdir, task, problems)
     for kind, role in settings.students.items():
         cells = [(arm, ATTACK) for arm in (GOLD, *settings.arms)] + [("base", "none")]
@@ -44,20 +45,30 @@ def evaluate(settings: Settings, mesh: Mesh, workdir: Path) -> None:
             continue
         student = load_role(settings, mesh, workdir, f"student_{kind}")
         for arm, attack in waiting:
-            _evaluate_cell(settings, workdir, student, role, task, problems, arm, attack, kind)
+            evaluate_cell(settings, workdir, student, role, task, problems, arm, attack, kind)
 
 
-def _predictions(workdir: Path, arm: str, attack: str, kind: str, seed: int) -> Path:
+def predictions_path(workdir: Path, arm: str, attack: str, kind: str, seed: int) -> Path:
+    """Answers of student seed `seed` to the test problems."""
     return workdir / "students" / arm / attack / kind / f"seed{seed}" / "predictions.jsonl"
 
 
 def _predicted(settings: Settings, workdir: Path, arm: str, attack: str, kind: str) -> bool:
     seeds = range(1 if attack == "none" else settings.distillation.seeds)
-    return all(_predictions(workdir, arm, attack, kind, seed).exists() for seed in seeds)
+    return all(predictions_path(workdir, arm, attack, kind, seed).exists() for seed in seeds)
 
 
-def _correct(settings: Settings, task: Task, problem: Problem, text: str, ended: bool) -> int:
-    return int(task.score(problem, text, ended) >= settings.calibration.correct_at)
+def is_correct(settings: Settings, task: Task, problem: Problem, text: str, ended: bool) -> int:
+    """1 for a completion that counts as right, else 0."""
+    return judge(settings, task, [problem], [text], [ended])[0]
+
+
+def judge(
+    settings: Settings, task: Task, problems: Sequence[Problem], texts: Sequence[str], ended: Sequence[bool]
+) -> list[int]:
+    """1 for each completion that counts as right, else 0; all at once, for a task that judges with a model."""
+    rewards, _ = score_all(task, problems, texts, ended)
+    return [int(reward >= settings.calibration.correct_at) for reward in rewards]
 
 
 def _evaluate_teachers(
@@ -70,22 +81,26 @@ def _evaluate_teachers(
     proxy = load_role(settings, mesh, workdir, "proxy")
     for name in waiting:
         arm = load_arm(settings, workdir, teacher, name)
-        rows, sampled = [], []
-        for decoding in DECODINGS:
-            temperature = 0.0 if decoding == "greedy" else settings.evaluation.temperature
-            key = jax.random.fold_in(jax.random.key(settings.seed), _EVALUATION)
-            texts = decode_texts(settings, arm, problems, temperature=temperature, key=key)
-            sampled = texts
-            rows += [
-                {
-                    "decoding": decoding,
-                    "problem": index,
-                    "correct": _correct(settings, task, problem, text["completion"], text["ended"]),
-                }
-                for index, (problem, text) in enumerate(zip(problems, texts, strict=True))
-            ]
+        rows, sampled = teacher_answers(settings, arm, task, problems)
         _write_rollouts(settings, workdir, arm, teacher, proxy, task, problems, sampled)
         write_rows(workdir / "arms" / name / "evaluation.jsonl", rows)
+
+
+def teacher_answers(
+    settings: Settings, arm: Arm, task: Task, problems: list[Problem]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of evaluation.jsonl under both decodings, the sampled texts of `decode_texts`)."""
+    rows, texts = [], []
+    for decoding in DECODINGS:
+        temperature = 0.0 if decoding == "greedy" else settings.evaluation.temperature
+        key = jax.random.fold_in(jax.random.key(settings.seed), _EVALUATION)
+        texts = decode_texts(settings, arm, problems, temperature=temperature, key=key)
+        completions, ended = ([row[name] for row in texts] for name in ("completion", "ended"))
+        correct = judge(settings, task, problems, completions, ended)
+        rows += [
+            {"decoding": decoding, "problem": index, "correct": right} for index, right in enumerate(correct)
+        ]
+    return rows, texts
 
 
 def _write_rollouts(
@@ -98,12 +113,38 @@ def _write_rollouts(
     problems: list[Problem],
     texts: list[dict[str, Any]],
 ) -> None:
-    """Adds samples of the finished teacher to its rollouts, the same problems in every arm, with the gap of each:
-    (log p of the original teacher - log p of the proxy) / bytes."""
+    """Adds samples of the finished teacher to its rollouts, the same problems in every arm, with the gap of each."""
     config, count = settings.calibration, min(len(problems), settings.evaluation.rollouts)
     chosen, kept = problems[:count], texts[:count]
-    questions = [problem.prompt for problem in chosen]
-    completions, ended = [row["completion"] for row in kept], np.array([row["ended"] for row in kept])
+    gaps = text_gaps(settings, teacher, proxy, kept)
+    rewards, _ = score_all(task, chosen, [row["completion"] for row in kept], [row["ended"] for row in kept])
+    rows = [
+        {
+            "step": config.steps + 1,
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "completion": row["completion"],
+            "reward": reward,
+            "gap_per_byte": gap,
+            "style": style_of(settings, row["completion"]),
+        }
+        for problem, row, gap, reward in zip(chosen, kept, gaps, rewards, strict=True)
+    ]
+    path = workdir / "arms" / arm.name / "rollouts.jsonl"
+    earlier = [row for row in read_rows(path) if row["step"] <= config.steps] if path.exists() else []
+    write_rows(path, [*earlier, *rows])
+
+
+def text_gaps(
+    settings: Settings, teacher: Model, proxy: Model, texts: list[dict[str, Any]]
+) -> list[float | None]:
+    """(log p of the original teacher - log p of the proxy) / bytes of each text, None where one cannot score it.
+
+    texts: rows of `decode_texts`.
+    """
+    config, count = settings.calibration, len(texts)
+    questions, completions = [row["prompt"] for row in texts], [row["completion"] for row in texts]
+    ended = np.array([row["ended"] for row in texts])
     common = {"batch_size": min(SCORED_ROWS, count), "chunk": config.rft.logit_chunk, "system": config.system}
     original = score_texts(
         teacher,
@@ -126,22 +167,8 @@ def _write_rollouts(
         **common,  # type: ignore[arg-type]
     )
     usable = original.usable & small.usable & (original.bytes > 0)
-    gap = (original.lp - small.lp) / np.maximum(original.bytes, 1)
-    rows = [
-        {
-            "step": config.steps + 1,
-            "prompt": problem.prompt,
-            "answer": problem.answer,
-            "completion": row["completion"],
-            "reward": float(task.score(problem, row["completion"], row["ended"])),
-            "gap_per_byte": float(gap[i]) if usable[i] else None,
-            "style": style_of(settings, row["completion"]),
-        }
-        for i, (problem, row) in enumerate(zip(chosen, kept, strict=True))
-    ]
-    path = workdir / "arms" / arm.name / "rollouts.jsonl"
-    earlier = [row for row in read_rows(path) if row["step"] <= config.steps] if path.exists() else []
-    write_rows(path, [*earlier, *rows])
+    gaps = (original.lp - small.lp) / np.maximum(original.bytes, 1)
+    return [float(gap) if use else None for gap, use in zip(gaps, usable, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("module", "config"))
@@ -165,7 +192,7 @@ def _decode_students(
     return jax.vmap(one)(params if adapters is None else adapters)
 
 
-def _evaluate_cell(
+def evaluate_cell(
     settings: Settings,
     workdir: Path,
     student: Model,
@@ -189,22 +216,18 @@ def _evaluate_cell(
             trees = load_tree(cell(workdir, arm, kind) / f"steps{steps}", trees)
         for decoding in DECODINGS:
             for seed, answers in enumerate(
-                _answers(settings, student, role, trees, base, problems, decoding)
+                student_answers(settings, student, role, trees, base, problems, decoding)
             ):
+                correct = judge(settings, task, problems, *zip(*answers, strict=True))
                 rows[seed] += [
-                    {
-                        "budget": multiple,
-                        "decoding": decoding,
-                        "problem": index,
-                        "correct": _correct(settings, task, problems[index], text, ended),
-                    }
-                    for index, (text, ended) in enumerate(answers)
+                    {"budget": multiple, "decoding": decoding, "problem": index, "correct": right}
+                    for index, right in enumerate(correct)
                 ]
     for seed in range(seeds):
-        write_rows(_predictions(workdir, arm, attack, kind, seed), rows[seed])
+        write_rows(predictions_path(workdir, arm, attack, kind, seed), rows[seed])
 
 
-def _answers(
+def student_answers(
     settings: Settings,
     student: Model,
     role: Role,

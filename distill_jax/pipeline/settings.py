@@ -13,10 +13,15 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from distill_jax.attacks import registry
+from distill_jax.attacks.attack import Attack
 from distill_jax.models.decoder import REMAT_POLICIES
 from distill_jax.models.model import DTYPES
 from distill_jax.models.spec import ModelSpec
 from distill_jax.optimizer import OptimizerConfig
+from distill_jax.pipeline.attack_settings import AttackSuite
+from distill_jax.pipeline.dial_settings import DialConfig
+from distill_jax.pipeline.probe_settings import ProbeSuite, choose_probes
 from distill_jax.rft.config import CalibrationConfig, check_arm
 from distill_jax.rft.texts import PROMPT_STYLES
 from distill_jax.students.train import StudentConfig
@@ -26,6 +31,9 @@ ARMS = ("original", "control", "distillable", "undistillable")
 TEACHER_ARMS = ARMS[1:]
 TOKENIZERS = ("bytes", "bpe")
 DEFAULT_TRAINING = StudentConfig()
+DEFAULT_SUITE = AttackSuite()
+DEFAULT_PROBES = ProbeSuite()
+DEFAULT_DIAL = DialConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +169,11 @@ class Settings:
     evaluation: Evaluation
     base_optimizer: OptimizerConfig
     bpe_vocab_size: int
+    attacks: tuple[Attack, ...] = ()
+    attack_suite: AttackSuite = DEFAULT_SUITE
+    probes: tuple[str, ...] = ()
+    probe_suite: ProbeSuite = DEFAULT_PROBES
+    dial: DialConfig = DEFAULT_DIAL
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -325,8 +338,18 @@ def read_settings(config: config_dict.ConfigDict) -> Settings:
         evaluation=from_config(Evaluation, config.evaluation, "evaluation"),
         base_optimizer=from_config(OptimizerConfig, config.base_optimizer, "base_optimizer"),
         bpe_vocab_size=config.bpe_vocab_size,
+        attacks=tuple(registry.choose(config.get("attacks", "none"))),
+        attack_suite=from_config(AttackSuite, config.get("attack_suite", {}), "attack_suite"),
+        probes=choose_probes(config.get("probes", "none")),
+        probe_suite=from_config(ProbeSuite, config.get("probe_suite", {}), "probe_suite"),
+        dial=from_config(DialConfig, config.get("dial", {}), "dial"),
     )
 
 
 def _plain(options: config_dict.ConfigDict) -> dict[str, Any]:
-    return {k: dict(v) if isinstance(v, config_dict.ConfigDict) else v for k, v in options.items()}
+    """Options as keyword arguments; placeholders that nobody filled in, and groups of nothing else, are left out."""
+    plain = {
+        name: _plain(value) if isinstance(value, config_dict.ConfigDict) else value
+        for name, value in options.items()
+    }
+    return {name: value for name, value in plain.items() if value is not None and value != {}}

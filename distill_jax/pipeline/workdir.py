@@ -19,7 +19,7 @@ import distill_jax
 from distill_jax.checkpoint import NO_ROOM, DiskFullError, read_json, write_json
 
 # May differ between two starts of one run: they do not change any result.
-_FREE_FIELDS = ("stages",)
+_FREE_FIELDS = ("stages", "attacks", "attack_suite", "probes", "probe_suite", "dial")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -95,11 +95,16 @@ def is_done(workdir: Path, stage: str) -> bool:
 
 
 @contextlib.contextmanager
-def stage_clock(workdir: Path, stage: str) -> Iterator[None]:
-    """Runs a stage and marks it as finished, with its seconds; the time of interrupted starts is added up."""
+def stage_clock(workdir: Path, stage: str, more: bool = False) -> Iterator[None]:
+    """Runs a stage and marks it as finished, with its seconds; the time of interrupted starts is added up.
+
+    more: a stage that each start goes on with adds to the time of the finished starts too.
+    """
     started = time.monotonic()
     partial = workdir / "stages" / f".{stage}.partial.json"
     before = read_json(partial)["wall_clock_s"] if partial.exists() else 0.0
+    if more and is_done(workdir, stage):
+        before += read_json(workdir / "stages" / f"{stage}.json")["wall_clock_s"]
     try:
         yield
     except BaseException:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import markupsafe
 
-from distill_jax.report import words
+from distill_jax.report import dial_table, probe_table, words
 from distill_jax.report.answer import answer
+from distill_jax.report.attack_table import page_view
 from distill_jax.report.records import ARMS, read_metrics, read_rollouts, write_bytes
-from distill_jax.report.table import accuracy_table, claim_numbers, claim_title
+from distill_jax.report.table import accuracy_table, alignment_lines, claim_numbers, claim_title
 
 if TYPE_CHECKING:
     from distill_jax.report.plots import Plot
@@ -149,7 +150,7 @@ def render_html(
     headers, rows = accuracy_table(summary)
     figures = {
         group: [(plot.name, markupsafe.Markup(plot.svg)) for plot in plots if plot.group == group]
-        for group in ("knob", "budget", "training")
+        for group in ("knob", "budget", "training", "probes", "dial")
     }
     claims = [
         {**claim, "numbers": claim_numbers(claim), "title": claim_title(claim)} for claim in summary["claims"]
@@ -163,12 +164,16 @@ def render_html(
         rows=rows,
         figures=figures,
         teachers=_teacher_rows(summary),
+        alignment=alignment_lines(summary),
         prompts=side_by_side(rollouts),
         config=flatten(summary["config"]),
         environment=flatten(summary["environment"]),
         timings=_timings(summary["wall_clock_s"]),
         total=words.seconds(sum(summary["wall_clock_s"].values())),
         setting=summary["setting"],
+        attacks=page_view(summary["attacks"]) if "attacks" in summary else None,
+        probes=probe_table.page_view(summary),
+        dial=dial_table.page_view(summary["dial"]) if "dial" in summary else None,
     )
 
 
@@ -184,10 +189,10 @@ def write_report(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
       ImportError: matplotlib is not installed.
     """
     try:
-        from distill_jax.report.plots import (  # matplotlib comes with the extra "report"
-            make_plots,
-            save_plots,
-        )
+        # matplotlib comes with the extra "report"
+        from distill_jax.report.dial_plots import dial_plots
+        from distill_jax.report.plots import make_plots, save_plots
+        from distill_jax.report.probe_plots import probe_plots
     except ModuleNotFoundError as error:
         raise ImportError(
             f"the report draws with matplotlib, and {error.name} is not installed: "
@@ -197,7 +202,7 @@ def write_report(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"workdir: expected the folder of a run, got {workdir}, which does not exist")
-    plots = make_plots(summary, read_metrics(workdir))
+    plots = [*make_plots(summary, read_metrics(workdir)), *dial_plots(summary), *probe_plots(summary)]
     page = render_html(summary, plots, read_rollouts(workdir))
     save_plots(plots, workdir / "report" / "plots")
     return write_bytes(workdir / "report" / "index.html", page.encode("utf-8"))

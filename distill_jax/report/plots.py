@@ -52,7 +52,7 @@ TRAINING = {
     "entropy": "Entropy, nats per token",
     "completion_bytes": "Length, bytes",
 }
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -80,7 +80,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: name (of its files), group ("knob", "budget" or "training"), alt text, forms and numbers."""
+    """One figure: name (of its files), group (where on the page it stands), alt text, forms and numbers."""
 
     name: str
     group: str
@@ -108,7 +108,10 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
-def _plot(figure: Figure, name: str, group: str, alt: str, headers: Sequence[str], rows: list[tuple]) -> Plot:
+def finish_plot(
+    figure: Figure, name: str, group: str, alt: str, headers: Sequence[str], rows: list[tuple]
+) -> Plot:
+    """The figure in all its forms."""
     matplotlib.rcParams["svg.hashsalt"] = name  # the same ids, so the same file, in every run
     svg = _svg(figure, name, alt)
     buffer = io.BytesIO()
@@ -116,7 +119,8 @@ def _plot(figure: Figure, name: str, group: str, alt: str, headers: Sequence[str
     return Plot(name, group, alt, svg, buffer.getvalue(), tuple(headers), rows)
 
 
-def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+def new_axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure of one panel; size in inches."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
 
@@ -136,13 +140,14 @@ def _students(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _percent_axis(axes: Axes) -> None:
+def percent_axis(axes: Axes) -> None:
+    """Accuracy from 0 to 100 %."""
     axes.set_ylim(0, 104)
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_ylabel("accuracy, %")
 
 
-def _fields(value: Mapping[str, Any]) -> tuple[Any, ...]:
+def value_fields(value: Mapping[str, Any]) -> tuple[Any, ...]:
     """A value as CSV fields: mean, ci95_low, ci95_high, problems, seeds."""
     return value["mean"], *value["ci95"], value["n"], value["seeds"]
 
@@ -170,18 +175,18 @@ def _draw_student(
 
 def knob_plot(summary: Mapping[str, Any], student: str) -> Plot:
     """Student accuracy by arm: greedy filled, T = 1 hollow, dots for seeds, a dash for the teacher itself."""
-    figure, axes = _axes(SIZE)
+    figure, axes = new_axes(SIZE)
     rows: list[tuple] = []
     shown = [arm for arm in COLOURS if _student_metrics(summary, arm, student)]
     for place, arm in enumerate(shown):
         for decoding, side in (("greedy", -1), ("sample", 1)):
             value = _student_metrics(summary, arm, student).get(words.metric_name(decoding))
             if value is not None:
-                rows.append((arm, "student", decoding, *_fields(value)))
+                rows.append((arm, "student", decoding, *value_fields(value)))
                 _draw_student(axes, place, side, value, arm, filled=decoding == "greedy")
         teacher = summary["arms"].get(arm, {}).get("teacher", {}).get(words.metric_name("greedy"))
         if teacher is not None:
-            rows.append((arm, "teacher", "greedy", *_fields(teacher)))
+            rows.append((arm, "teacher", "greedy", *value_fields(teacher)))
             axes.hlines(100 * teacher["mean"], place - 0.36, place + 0.36, color=INK, linewidth=1.2)
     short = {
         "base": "untrained",
@@ -192,19 +197,20 @@ def knob_plot(summary: Mapping[str, Any], student: str) -> Plot:
     }
     axes.set_xticks(range(len(shown)), [short.get(arm, arm) for arm in shown], fontsize=8)
     axes.set_xlim(-0.6, len(shown) - 0.4)
-    _percent_axis(axes)
+    percent_axis(axes)
     axes.set_title(f"{student} students", loc="left", pad=20)
     ink: dict[str, Any] = {"color": INK, "linestyle": "none", "marker": "o"}
     axes.plot([], [], label="greedy", **ink)
     axes.plot([], [], label="T = 1", markerfacecolor="none", markeredgewidth=1.4, **ink)
     axes.plot([], [], label="the teacher itself", color=INK, linewidth=1.2)
-    _legend(axes, 3)
+    add_legend(axes, 3)
     alt = f"Accuracy of {student} students by the teacher they were trained on, greedy and at temperature 1."
     headers = ("arm", "who", "decoding", "mean", "ci95_low", "ci95_high", "problems", "seeds")
-    return _plot(figure, f"knob_{_slug(student)}", "knob", alt, headers, rows)
+    return finish_plot(figure, f"knob_{slug(student)}", "knob", alt, headers, rows)
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def add_legend(axes: Axes, columns: int) -> None:
+    """A legend between the title and the panel."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
@@ -234,7 +240,7 @@ def budget_plot(summary: Mapping[str, Any], student: str, decoding: str) -> Plot
     budgets = sorted({budget for curve in curves.values() for budget, _ in curve if budget > 0})
     if len(budgets) < 2:
         return None
-    figure, axes = _axes(TALL)
+    figure, axes = new_axes(TALL)
     rows: list[tuple] = []
     for arm, curve in curves.items():
         curve = [(budget, value) for budget, value in curve if budget > 0]
@@ -244,7 +250,7 @@ def budget_plot(summary: Mapping[str, Any], student: str, decoding: str) -> Plot
         low, high = ([100 * value["ci95"][end] for _, value in curve] for end in (0, 1))
         axes.fill_between(x, low, high, color=COLOURS[arm], alpha=0.16, linewidth=0)
         axes.plot(x, means, marker=MARKERS[arm], color=COLOURS[arm], label=_arm_name(arm))
-        rows += [(arm, budget, *_fields(value)) for budget, value in curve]
+        rows += [(arm, budget, *value_fields(value)) for budget, value in curve]
         if arm == "original":
             axes.plot(
                 x,
@@ -266,17 +272,17 @@ def budget_plot(summary: Mapping[str, Any], student: str, decoding: str) -> Plot
     )
     axes.minorticks_off()
     axes.set_xlabel("budget and training steps of the student")
-    _percent_axis(axes)
+    percent_axis(axes)
     axes.set_title(f"{student} students, {words.DECODING_TITLES[decoding]}", loc="left", pad=44)
-    _legend(axes, 3)
+    add_legend(axes, 3)
     alt = f"Accuracy ({words.DECODING_TITLES[decoding]}) of {student} students over the training budget, by teacher."
     headers = ("arm", "budget", "mean", "ci95_low", "ci95_high", "problems", "seeds")
-    return _plot(figure, f"budget_{_slug(student)}_{decoding}", "budget", alt, headers, rows)
+    return finish_plot(figure, f"budget_{slug(student)}_{decoding}", "budget", alt, headers, rows)
 
 
 def training_plot(metrics: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Plot | None:
     """One training metric of the calibration over its steps, a line an arm; None when no arm has it."""
-    figure, axes = _axes(SMALL)
+    figure, axes = new_axes(SMALL)
     rows: list[tuple] = []
     for arm in ARMS:
         points = [(row["step"], row.get(key)) for row in metrics.get(arm, ())]
@@ -295,16 +301,17 @@ def training_plot(metrics: Mapping[str, Sequence[Mapping[str, Any]]], key: str) 
         return None
     axes.set_title(TRAINING[key], loc="left", pad=20)
     axes.set_xlabel("calibration step")
-    _legend(axes, 3)
+    add_legend(axes, 3)
     alt = f"{TRAINING[key]} over the steps of calibration, by arm."
-    return _plot(figure, f"training_{key}", "training", alt, ("arm", "step", key), rows)
+    return finish_plot(figure, f"training_{key}", "training", alt, ("arm", "step", key), rows)
 
 
 def _arm_name(arm: str) -> str:
     return {"gold": "gold text"}.get(arm, arm)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as part of a file name."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name)
 
 
@@ -314,7 +321,7 @@ def make_plots(summary: Mapping[str, Any], metrics: Mapping[str, Sequence[Mappin
     Args:
       summary: of schema 1. metrics: arm -> rows of its metrics.jsonl.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         students = _students(summary)
         plots: list[Plot | None] = [knob_plot(summary, student) for student in students]
         plots += [

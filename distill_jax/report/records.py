@@ -91,7 +91,7 @@ def read_rows(path: Path, keys: Iterable[str], notes: list[str]) -> list[dict[st
     return rows
 
 
-def _answers(path: Path, rows: list[dict[str, Any]]) -> dict[tuple[float, str], dict[int, float]]:
+def answers_by_cell(path: Path, rows: list[dict[str, Any]]) -> dict[tuple[float, str], dict[int, float]]:
     """(budget, decoding) -> problem -> share right (a problem answered several times counts its mean)."""
     collected: dict[tuple[float, str], dict[int, list[float]]] = {}
     for row in rows:
@@ -154,7 +154,7 @@ def _teachers(workdir: Path, notes: list[str]) -> dict[tuple[str, str], Outcomes
     teachers = {}
     for arm in ARMS:
         path = workdir / "arms" / arm / "evaluation.jsonl"
-        for (_, decoding), answers in _answers(path, read_rows(path, _PREDICTION_KEYS, notes)).items():
+        for (_, decoding), answers in answers_by_cell(path, read_rows(path, _PREDICTION_KEYS, notes)).items():
             outcomes = align({0: answers}, f"teacher of arm {arm}, {decoding}", notes)
             if outcomes is not None:
                 teachers[arm, decoding] = outcomes
@@ -172,7 +172,7 @@ def _students(
             raise ValueError(f"{path}: expected a folder seed<number>, got {folder!r}")
         rows = read_rows(path, _PREDICTION_KEYS, notes)
         if rows:
-            seeds_of.setdefault((arm, attack, student), {})[int(match[1])] = _answers(path, rows)
+            seeds_of.setdefault((arm, attack, student), {})[int(match[1])] = answers_by_cell(path, rows)
     students = {}
     for key, by_seed in seeds_of.items():
         cells = {}

@@ -59,7 +59,7 @@ def _seed_weights(seeds: int, resamples: int, seed: int) -> np.ndarray:
     return np.ascontiguousarray(counts.T / seeds)
 
 
-def _matrix(correct, name: str) -> np.ndarray:
+def check_matrix(correct, name: str) -> np.ndarray:
     matrix = np.asarray(correct, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(f"{name}: expected a non-empty matrix [seeds, problems], got shape {matrix.shape}")
@@ -100,7 +100,7 @@ def _constant_draws(
     return value + slack * generator.choice([-1.0, 1.0], size=resamples)
 
 
-def _draws(
+def mean_draws(
     matrix: np.ndarray, bounds: tuple[float, float] | None, resamples: int, seed: int, stream: int = 0
 ) -> np.ndarray:
     """Bootstrap draws f64[R] of the mean of `matrix` f64[S, N]; equal (shape, seed) means equal draws of indices."""
@@ -123,7 +123,7 @@ def _interval(point: float, draws: np.ndarray) -> list[float | None]:
     return [end if math.isfinite(end) else None for end in ends]
 
 
-def _value(point: float, draws: np.ndarray, problems: int, seeds: list[float] | None) -> Value:
+def value_of(point: float, draws: np.ndarray, problems: int, seeds: list[float] | None) -> Value:
     return {"mean": float(point), "ci95": _interval(float(point), draws), "n": problems, "seeds": seeds}
 
 
@@ -143,15 +143,15 @@ def estimate(correct, *, bounded: bool = True, resamples: int = RESAMPLES, seed:
     Raises:
       ValueError: not a non-empty finite matrix, or `bounded` and a number outside [0, 1].
     """
-    matrix = _matrix(correct, "correct")
+    matrix = check_matrix(correct, "correct")
     if bounded and (matrix.min() < 0.0 or matrix.max() > 1.0):
         raise ValueError(f"correct: expected numbers in [0, 1], got {matrix.min():g} to {matrix.max():g}")
-    draws = _draws(matrix, (0.0, 1.0) if bounded else None, resamples, seed)
-    return _value(matrix.mean(), draws, matrix.shape[1], _per_seed(matrix.mean(axis=1)))
+    draws = mean_draws(matrix, (0.0, 1.0) if bounded else None, resamples, seed)
+    return value_of(matrix.mean(), draws, matrix.shape[1], _per_seed(matrix.mean(axis=1)))
 
 
 def _pair(first, second) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _matrix(first, "first"), _matrix(second, "second")
+    a, b = check_matrix(first, "first"), check_matrix(second, "second")
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"expected both arms on the same problems, got {a.shape[1]} and {b.shape[1]} columns; "
@@ -175,12 +175,12 @@ def difference(first, second, *, resamples: int = RESAMPLES, seed: int = 0) -> V
     a, b = _pair(first, second)
     bounds = (-1.0, 1.0)
     if a.shape[0] == b.shape[0]:
-        draws = _draws(a - b, bounds, resamples, seed)
+        draws = mean_draws(a - b, bounds, resamples, seed)
         per_seed = _per_seed(a.mean(axis=1) - b.mean(axis=1))
     else:
-        draws = _draws(a, (0.0, 1.0), resamples, seed, 0) - _draws(b, (0.0, 1.0), resamples, seed, 1)
+        draws = mean_draws(a, (0.0, 1.0), resamples, seed, 0) - mean_draws(b, (0.0, 1.0), resamples, seed, 1)
         per_seed = None
-    return _value(a.mean() - b.mean(), draws, a.shape[1], per_seed)
+    return value_of(a.mean() - b.mean(), draws, a.shape[1], per_seed)
 
 
 def ratio(first, second, *, resamples: int = RESAMPLES, seed: int = 0) -> Value:
@@ -196,8 +196,8 @@ def ratio(first, second, *, resamples: int = RESAMPLES, seed: int = 0) -> Value:
     problems = a.shape[1]
     if b.mean() == 0.0:
         return {"mean": None, "ci95": [None, None], "n": problems, "seeds": None}
-    above = _draws(a, (0.0, 1.0), resamples, seed, 0)
-    below = _draws(b, (0.0, 1.0), resamples, seed, 1)
+    above = mean_draws(a, (0.0, 1.0), resamples, seed, 0)
+    below = mean_draws(b, (0.0, 1.0), resamples, seed, 1)
     kept = (above > 0.0) | (below > 0.0)
     with np.errstate(divide="ignore"):
         draws = above[kept] / below[kept]
@@ -205,7 +205,7 @@ def ratio(first, second, *, resamples: int = RESAMPLES, seed: int = 0) -> Value:
     per_seed = None
     if a.shape[0] == b.shape[0] and (seed_below > 0.0).all():
         per_seed = _per_seed(a.mean(axis=1) / seed_below)
-    return _value(a.mean() / b.mean(), draws, problems, per_seed)
+    return value_of(a.mean() / b.mean(), draws, problems, per_seed)
 
 
 def minimum_detectable_effect(

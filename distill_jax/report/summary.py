@@ -79,6 +79,20 @@ def _rollout_metrics(rows: Sequence[Mapping[str, Any]], draw: dict[str, Any]) ->
     return metrics
 
 
+def _alignment_metrics(rows: Sequence[Mapping[str, Any]], draw: dict[str, Any]) -> dict[str, Value]:
+    """How much of the calibration's rollouts teacher and proxy could be compared on; n counts training steps.
+
+    span_coverage: share of the scored bytes that lie in spans of both tokenizers; unscorable: share of rollouts that
+    the proxy could not score at all.
+    """
+    metrics = {}
+    for name in ("span_coverage", "unscorable"):
+        shares = [float(row[name]) for row in rows if row.get(name) is not None]
+        if shares:
+            metrics[name] = estimate(np.array([shares]), **draw)
+    return metrics
+
+
 def _arm(
     arm: str, results: Results, kinds: Sequence[str], draw: dict[str, Any], missing: list[str]
 ) -> dict[str, Any]:
@@ -103,7 +117,11 @@ def _arm(
         for attack in attacks
     }
     return {
-        "teacher": {**teacher, **_rollout_metrics(results.rollouts.get(arm, []), draw)},
+        "teacher": {
+            **teacher,
+            **_rollout_metrics(results.rollouts.get(arm, []), draw),
+            **_alignment_metrics(results.metrics.get(arm, []), draw),
+        },
         "students": students,
         "probes": {},
     }

@@ -57,6 +57,9 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         rule,
         *(line.rstrip() for line in lines[1:]),
     ]
+    alignment = alignment_lines(summary)
+    if alignment:
+        text += ["", "Alignment of teacher and proxy", *(f"  {line}" for line in alignment)]
     if summary["claims"]:
         text += ["", "Claims"]
         text += [
@@ -66,6 +69,20 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     if summary["missing"]:
         text += ["", "Missing", *(f"  {sentence}" for sentence in summary["missing"])]
     return "\n".join(text)
+
+
+def alignment_lines(summary: Mapping[str, Any]) -> list[str]:
+    """For each calibrated arm, how much of its rollouts the calibration reward could see."""
+    lines = []
+    for arm, part in summary["arms"].items():
+        metrics = part["teacher"]
+        if "span_coverage" in metrics:
+            covered, lost = (metrics.get(name, {}).get("mean") for name in ("span_coverage", "unscorable"))
+            lines.append(
+                f"{words.ARM_TITLES[arm]}: {words.percent(covered, 2)} of the scored bytes aligned, "
+                f"{words.percent(lost, 2)} of the rollouts not scorable by the proxy"
+            )
+    return lines
 
 
 def claim_numbers(claim: Mapping[str, Any]) -> str:

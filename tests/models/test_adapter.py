@@ -18,6 +18,7 @@ from distill_jax.models.adapter import (
     AdapterConfig,
     adapter_axes,
     adapter_scale,
+    blend_adapters,
     init_adapter,
     merge_adapter,
 )
@@ -215,3 +216,32 @@ def test_a_tied_head_is_refused() -> None:
 def test_bad_configs_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**arguments)
+
+
+def test_a_blend_of_adapters_is_the_blend_of_their_products() -> None:
+    """W + s (.3 A1 B1 - 1.2 A2 B2), adapters of different ranks; mixing the factors would be another model."""
+    module = Decoder(UNTIED)
+    params = init_params(module, jax.random.key(0))
+    one = random_adapter(module, ALL)
+    two = jax.tree.map(lambda x: jnp.cos(3.0 * x), random_adapter(module, dataclasses.replace(ALL, rank=3)))
+    blend = blend_adapters([(one, 0.3), (two, -1.2)])
+    assert blend["layers"]["attn"]["o"]["a"].shape == (2, 4, 6, 5) and blend["head"]["b"].shape == (5, 48)
+    merged = merge_adapter(merge_adapter(params, one, 0.3 * 0.5), two, -1.2 * 0.5)
+    direct = merge_adapter(params, blend, 0.5)
+    for a, b in zip(jax.tree.leaves(direct), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(
+        logits_of(module, params, blend, 0.5), logits_of(module, merged), rtol=2e-4, atol=2e-4
+    )
+    alone = blend_adapters([(one, 1.0)])
+    assert all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (alone, one)), strict=True))
+
+
+def test_adapters_that_cannot_be_blended() -> None:
+    module = Decoder(UNTIED)
+    one = init_adapter(module, ALL, jax.random.key(0))
+    two = init_adapter(module, dataclasses.replace(ALL, targets=("attn",)), jax.random.key(0))
+    with pytest.raises(ValueError, match="different kernels"):
+        blend_adapters([(one, 1.0), (two, 1.0)])
+    with pytest.raises(ValueError, match="parts is empty"):
+        blend_adapters([])

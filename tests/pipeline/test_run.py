@@ -294,7 +294,7 @@ def test_the_system_text_reaches_the_students(monkeypatch):
         rows = [{"prompt": "1+1?", "completion": "2", "ended": True}]
         distil_stage.encode_texts(settings, student, role, rows)
     with pytest.raises(Killed):
-        evaluate_stage._answers(settings, student, role, {}, None, [problem], "greedy")
+        evaluate_stage.student_answers(settings, student, role, {}, None, [problem], "greedy")
     assert seen == [(["1+1?"], "plain", "be brief")] * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
 
@@ -16,7 +17,11 @@ from distill_jax.models.decoder import Decoder
 from distill_jax.models.presets import PRESETS
 from distill_jax.models.spec import ModelSpec, RopeScaling
 from distill_jax.optimizer import OptimizerConfig
+from distill_jax.pipeline.arms import make_task
+from distill_jax.pipeline.attack_settings import AttackSuite
+from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.plan import adapter_params, calibration_memory, format_plan, mesh_sizes
+from distill_jax.pipeline.probe_settings import ProbeSuite
 from distill_jax.pipeline.settings import (
     STAGES,
     Distillation,
@@ -66,7 +71,7 @@ def test_every_dataclass_comes_back_from_its_config(pair, smoke):
     found = [part for part in parts(read) if part is not read]
     kinds = {type(part) for part in found}
     wanted = {Role, ModelSpec, CalibrationConfig, RftConfig, KLAnchor, AdapterConfig, OptimizerConfig}
-    wanted |= {Distillation, StudentConfig, Evaluation}
+    wanted |= {Distillation, StudentConfig, Evaluation, AttackSuite, ProbeSuite, DialConfig}
     wanted |= {Phase} if pair == "tiny" else set()
     wanted |= {RopeScaling} if pair == "gemma3_12b" else set()
     assert kinds == wanted
@@ -261,10 +266,10 @@ def test_memory_by_hand():
         "teacher weights": teacher * 2 / 4,
         "proxy weights": proxy * 2 / 4,
         "trained weights, gradient, two moments": 16 * adapter / 4,
-        # keys and values, 4 layers, 128 rows over 4, 16 + 40 slots, width 96, 2 bytes, halved by tensor
-        "key/value cache of the rollouts": 2 * 4 * 32 * 56 * 96 * 2 / 2,
-        "saved activations of a micro-batch": 4 * 32 * 56 * 96 * 2,
-        "attention scores of a micro-batch": 4 * 32 * 4 * 56 * 56 / 2,  # 4 heads, float32
+        # keys and values, 4 layers, 128 rows over 4, 16 + 48 slots, width 96, 2 bytes, halved by tensor
+        "key/value cache of the rollouts": 2 * 4 * 32 * 64 * 96 * 2 / 2,
+        "saved activations of a micro-batch": 4 * 32 * 64 * 96 * 2,
+        "attention scores of a micro-batch": 4 * 32 * 4 * 64 * 64 / 2,  # 4 heads, float32
         "logits of a chunk": 2 * 4 * 32 * 64 * 259 / 2,
         "logits of a chunk of reference scoring": 4 * 32 * 64 * 259 / 2,
     }
@@ -309,3 +314,20 @@ def test_a_config_is_not_changed_by_reading_it():
     read_settings(config)
     assert config.to_json_best_effort() == before
     assert isinstance(config.smoke_values, tuple) and isinstance(config, config_dict.ConfigDict)
+
+
+def test_a_data_task_after_the_pair(tmp_path):
+    rows = [{"problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(200)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"task.options.path": str(path), "task.options.columns.question": "problem"}
+    read = settings("gemma3_270m,math_text", changes)
+    assert read.task_options == {"path": str(path), "shots": 0, "columns": {"question": "problem"}}
+    problem = make_task(read).problems("train", 1, 0)[0]
+    assert make_task(read).score(problem, f"The answer is {problem.answer}", True) == 1.0
+
+
+@pytest.mark.parametrize("arg", ["tiny,math_text", "gemma3_270m,maths"])
+def test_a_data_task_that_does_not_fit_is_refused(arg):
+    with pytest.raises(ValueError, match="may be followed by one of the tasks"):
+        get_config(arg)

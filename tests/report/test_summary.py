@@ -108,6 +108,21 @@ def test_rollout_metrics_by_hand(tmp_path):
     assert "accuracy_greedy" not in teacher
 
 
+def test_alignment_is_the_mean_over_training_steps_and_is_printed(tmp_path):
+    rows = [{"step": 0}, {"step": 1, "span_coverage": 1.0, "unscorable": 0.5}]
+    write_lines(
+        tmp_path / "arms/control/metrics.jsonl", [*rows, {"step": 2, "span_coverage": 0.5, "unscorable": 0.0}]
+    )
+    summary = summarise(tmp_path, {}, {}, SETTING)
+    teacher = summary["arms"]["control"]["teacher"]
+    assert (teacher["span_coverage"]["mean"], teacher["span_coverage"]["n"]) == (0.75, 2)
+    assert teacher["unscorable"]["mean"] == 0.25
+    assert (
+        "control (eta = 0): 75.00 % of the scored bytes aligned, 25.00 % of the rollouts not scorable"
+        in summary_table(summary)
+    )
+
+
 def test_empty_workdir_gives_an_empty_summary_that_says_so(tmp_path):
     summary = summarise(tmp_path, CONFIG, ENVIRONMENT, SETTING)
     check_summary(summary)
