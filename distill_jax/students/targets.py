@@ -152,8 +152,13 @@ def make_targets(
         if teacher.module.mesh is not None:
             batch = place_batch(batch, teacher.module.mesh)
         parts.append(jax.device_get(_score(teacher, batch, top_k, temperature, size, chunk)))
-    ids, lp, tail_lp, logsumexp = (np.concatenate(pieces)[:rows] for pieces in zip(*parts, strict=True))
+    ids, lp, tail_lp, logsumexp = (_host_join(pieces, rows) for pieces in zip(*parts, strict=True))
     return TopKTargets(ids, lp, tail_lp, logsumexp, temperature, size, sequences.vocabulary_hash)
+
+
+def _host_join(pieces: tuple[Any, ...], rows: int) -> Any:
+    """The first `rows` rows of all pieces, on the host: a store may be larger than a device."""
+    return np.concatenate(pieces)[:rows]
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "temperature", "size", "chunk"))
