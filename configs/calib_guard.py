@@ -85,6 +85,7 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config.budget_curve = "short"  # "full": larger student budgets with one seed
     config.mesh = "data=-1"  # sizes of data, fsdp, tensor; -1 is the rest of the devices
     config.dtype = "float32"  # of weights and computation
+    config.at_once = 1  # base models, arms or cells of students that are trained side by side
     config.remat = "dots"  # "none", "dots" or "full": what the backward pass computes again
     config.eta = config_dict.ConfigDict(ETA)
     config.attacks = "none"  # "tier1", or ids such as "A1,A3": see configs/attack.py
@@ -186,6 +187,7 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         long_budgets=(4.0, 8.0),
     )
     _fill(config, {"teacher": teacher, "proxy": proxy}, students, calibration, distillation, Evaluation())
+    config.at_once = 2  # each of these steps fills one core
     config.probes = "all"
     config.probe_suite.frequent = 5  # of a vocabulary of a few dozen tokens that occur
     config.dial = to_config(

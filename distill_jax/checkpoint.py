@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+# Orbax numbers its operations for the whole process: of two saves at a time, one would wait for the other's folders.
+_SAVING = threading.RLock()
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -99,6 +102,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, overwrite: bool = False) 
     intact = "" if fresh is path else "the old tree is intact; "
     _quiet_orbax()
     with (
+        _SAVING,
         _disk_errors(f"a tree to {path}", f"{intact}free space and start again"),
         ocp.StandardCheckpointer() as checkpointer,
     ):
@@ -184,8 +188,10 @@ class Checkpointer:
             raise ValueError(f"meta of step {step} must be JSON: {error}") from error
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta)))
         self._pending = step
-        with self._watch():
+        with self._watch(), _SAVING:
             self._open().save(step, args=items, force=True)
+            if threading.current_thread() is not threading.main_thread():
+                self._open().wait_until_finished()  # somebody else may save next
 
     def wait(self) -> None:
         """Returns when the running save stands.
@@ -261,7 +267,8 @@ class Checkpointer:
         if self._manager is None:
             _quiet_orbax()
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            with _SAVING:
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from distill_jax.checkpoint import load_tree, read_json
 from distill_jax.models.adapter import adapter_scale, init_adapter
 from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
+from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Settings
 from distill_jax.rft.calibrate import calibrate
@@ -55,7 +57,8 @@ def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
         prompt_style=settings.roles["teacher"].prompt_style,
         proxy_prompt_style=settings.roles["proxy"].prompt_style,
     )
-    for arm in waiting:
+
+    def run(arm: str) -> None:
         result = calibrate(
             teacher,
             proxy,
@@ -73,6 +76,8 @@ def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
             f"{result.original.accuracy:.3f} -> {result.best.accuracy:.3f}",
             flush=True,
         )
+
+    run_at_once([functools.partial(run, arm) for arm in waiting], settings.at_once)
 
 
 def load_arm(settings: Settings, workdir: Path, teacher: Model, name: str) -> Arm:

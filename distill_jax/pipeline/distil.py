@@ -6,6 +6,7 @@ that arms are compared in pairs. The seeds of a cell (arm x kind of student) are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from distill_jax.models.adapter import init_adapter
 from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task
+from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Role, Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
@@ -94,8 +96,10 @@ def distil(settings: Settings, mesh: Mesh, workdir: Path, sources: Sequence[str]
         if not waiting:
             continue
         student = load_role(settings, mesh, workdir, f"student_{kind}")
-        for arm in waiting:
-            _train_cell(settings, workdir, student, role, arm, kind)
+        jobs = [
+            functools.partial(_train_cell, settings, workdir, student, role, arm, kind) for arm in waiting
+        ]
+        run_at_once(jobs, settings.at_once)
 
 
 def _trained(settings: Settings, workdir: Path, arm: str, kind: str) -> bool:

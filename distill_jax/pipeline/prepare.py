@@ -6,6 +6,7 @@ A trained model is saved as a Hugging Face folder under WORKDIR/models and read 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from distill_jax.models.families import spec_from_config
 from distill_jax.models.model import Model, load_model, save_model
 from distill_jax.models.packages import PACKAGE_MODELS, find_package_model
 from distill_jax.models.spec import ModelSpec
+from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.settings import Phase, Role, Settings
 from distill_jax.sequences import Sequences, pack_sequences
 from distill_jax.students.train import Batches, StudentConfig, stack_replicas, train
@@ -46,9 +48,20 @@ def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     for name, role in roles.items():
         if role.source == "train":
             groups.setdefault((role.spec, role.tokenizer, role.phases), []).append(name)
-    for names in groups.values():
-        if not all((workdir / "models" / name / "config.json").exists() for name in names):
-            _train_group(settings, mesh, workdir, {name: roles[name] for name in names})
+    waiting = [
+        names
+        for names in groups.values()
+        if not all((workdir / "models" / name / "config.json").exists() for name in names)
+    ]
+    # The longest first, so that the short ones run beside it.
+    waiting.sort(key=lambda names: -sum(phase.steps for phase in roles[names[0]].phases))
+    run_at_once(
+        [
+            functools.partial(_train_group, settings, mesh, workdir, {name: roles[name] for name in names})
+            for names in waiting
+        ],
+        settings.at_once,
+    )
     teacher = load_role(settings, mesh, workdir, "teacher")
     proxy = load_role(settings, mesh, workdir, "proxy")
     assert teacher.tokenizer is not None and proxy.tokenizer is not None

@@ -169,6 +169,7 @@ class Settings:
     evaluation: Evaluation
     base_optimizer: OptimizerConfig
     bpe_vocab_size: int
+    at_once: int = 1
     attacks: tuple[Attack, ...] = ()
     attack_suite: AttackSuite = DEFAULT_SUITE
     probes: tuple[str, ...] = ()
@@ -192,6 +193,8 @@ class Settings:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        if self.at_once < 1:
+            raise ValueError(f"at_once must be at least 1, got {self.at_once}")
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -338,6 +341,7 @@ def read_settings(config: config_dict.ConfigDict) -> Settings:
         evaluation=from_config(Evaluation, config.evaluation, "evaluation"),
         base_optimizer=from_config(OptimizerConfig, config.base_optimizer, "base_optimizer"),
         bpe_vocab_size=config.bpe_vocab_size,
+        at_once=config.get("at_once", 1),
         attacks=tuple(registry.choose(config.get("attacks", "none"))),
         attack_suite=from_config(AttackSuite, config.get("attack_suite", {}), "attack_suite"),
         probes=choose_probes(config.get("probes", "none")),

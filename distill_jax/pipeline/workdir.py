@@ -19,7 +19,7 @@ import distill_jax
 from distill_jax.checkpoint import NO_ROOM, DiskFullError, read_json, write_json
 
 # May differ between two starts of one run: they do not change any result.
-_FREE_FIELDS = ("stages", "attacks", "attack_suite", "probes", "probe_suite", "dial")
+_FREE_FIELDS = ("stages", "at_once", "attacks", "attack_suite", "probes", "probe_suite", "dial")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

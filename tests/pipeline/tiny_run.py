@@ -30,6 +30,7 @@ def smallest(changes: Mapping[str, Any] = MappingProxyType({})) -> config_dict.C
     config = load_config().get_config("tiny")
     config.smoke = True
     config.remat = "none"
+    config.at_once = 1
     config.probes, config.dial.arm, config.dial.other = "none", "", ""
     config.bpe_vocab_size = 300
     for optimizer in (config.base_optimizer, config.distillation.training.optimizer):
