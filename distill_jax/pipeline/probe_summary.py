@@ -45,12 +45,17 @@ def summarise_probes(workdir: Path, summary: dict[str, Any]) -> None:
 
 
 def diagnosis_text(diagnosis: Mapping[str, Mapping[str, Any]]) -> str:
-    """The diagnosis of every arm and kind of student, for a terminal."""
+    """The diagnosis of every arm and kind of student, for a terminal: what is there; the page has the rest too."""
     lines = []
     for arm, kinds in diagnosis.items():
         for kind, findings in kinds.items():
+            read = [_from_json(finding) for finding in findings]
+            shown = [finding for finding in read if finding.verdict != "absent"]
             lines += ["", f"Diagnosis: {kind} students of the {arm} teacher"]
-            lines += [f"  {line}" for line in as_text(map(_from_json, findings)).splitlines()]
+            lines += [f"  {line}" for line in as_text(shown).splitlines()]
+            if len(shown) < len(read):
+                names = (finding.name.replace("_", " ") for finding in read if finding.verdict == "absent")
+                lines.append(f"  absent: {', '.join(names)}")
     return "\n".join(lines)
 
 

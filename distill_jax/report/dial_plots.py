@@ -75,7 +75,8 @@ def gap_plot(dial: Mapping[str, Any], name: str) -> Plot | None:
 
 def _positions(axes: Axes, dial: Mapping[str, Any], name: str, pad: float) -> None:
     axes.set_xlabel("position of the dial")
-    axes.set_title(f"The dial: {curve_title(dial, name)}", loc="left", pad=pad, fontsize=8.5)
+    title = curve_title(dial, name)
+    axes.set_title(title[:1].upper() + title[1:], loc="left", pad=pad, fontsize=8.5)
     if axes.get_legend_handles_labels()[1]:
         add_legend(axes, 2)
 
