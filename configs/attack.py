@@ -20,6 +20,7 @@ from pathlib import Path
 from ml_collections import config_dict
 
 from distill_jax.pipeline.attack_settings import AttackSuite
+from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.settings import to_config
 
 
@@ -32,5 +33,6 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config = calib_guard.get_config(arg)
     config.stages = ("prepare", "report")  # the suite runs between them, because `attacks` is set
     config.attacks = "tier1"
+    config.probes, config.dial = "none", to_config(DialConfig())  # their students come from a finished run
     config.attack_suite = to_config(AttackSuite())
     return config

@@ -4,8 +4,8 @@
 
 PAIR names the models:
 
-tiny (default)  everything from nothing: a 0.45M-parameter teacher (byte-level BPE), a 0.04M proxy and two kinds of
-                0.03M to 0.04M students (bytes, BPE) on chain_arithmetic. Two CPU cores; --config.smoke=True
+tiny (default)  everything from nothing: a 0.49M-parameter teacher (byte-level BPE), a 0.04M proxy and two kinds of
+                0.04M students (bytes, BPE) on chain_arithmetic. Two CPU cores; --config.smoke=True
                 shows every stage quickly and proves nothing.
 gemma3_270m     teacher Gemma 3 270M, proxy and student SmolLM2-135M (other family, other kind of tokenizer), task
                 reasoning-gym. Needs the demo-models packages. Full size: one 16 GiB accelerator;
@@ -252,6 +252,7 @@ def _loaded(
         ),
         prompt_size=2 * prompt,
         completion_size=2 * completion,
+        long_budgets=(4.0, 8.0),
     )
     return {"teacher": teacher, "proxy": proxy}, {"student": student}, calibration, distillation
 

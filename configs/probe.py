@@ -24,8 +24,9 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
+from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.probe_settings import ProbeSuite
-from distill_jax.pipeline.settings import Phase, to_config
+from distill_jax.pipeline.settings import Phase, to_config, with_full_values
 
 PAIRS = ("tiny", "gemma3_270m")
 
@@ -43,7 +44,7 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config.stages = ("prepare", "report")  # the probes run between them, and distil what they need
     config.probes = "all"
     config.eta = config_dict.ConfigDict()  # the original teacher is the only arm
-    config.smoke, config.smoke_values = False, ()
+    config.dial = to_config(DialConfig())  # there is no adapter to turn
     student = config.students["bytes" if pair == "tiny" else "student"]
     config.students = config_dict.ConfigDict({"student": student})
     config.teacher, config.student = config.roles.teacher.source, student.source
@@ -53,7 +54,18 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config.roles.proxy = student.copy_and_resolve_references()
     config.roles.proxy.source = config.get_ref("student")
     config.distillation.seeds, config.distillation.budgets, config.distillation.long_budgets = 1, (1.0,), ()
-    return _tiny(config) if pair == "tiny" else _gemma3_270m(config)
+    config = _tiny(config) if pair == "tiny" else _gemma3_270m(config)
+    config.smoke_values = with_full_values(
+        config,
+        {
+            "distillation.samples": 16,
+            "distillation.steps": 2,
+            "distillation.training.batch_size": 4,
+            "probe_suite.problems": 4,
+            "probe_suite.samples": 2,
+        },
+    )
+    return config
 
 
 def _tiny(config: config_dict.ConfigDict) -> config_dict.ConfigDict:

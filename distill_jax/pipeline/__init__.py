@@ -9,6 +9,7 @@ not, the attack suite (`pipeline.attack`).
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
     mesh = make_mesh(settings.mesh)
     if any(stage in settings.stages and not is_done(folder, stage) for stage in STAGES[:-1]):
         check_start(settings, mesh, folder)
+    if mesh.size > 1:
+        # Two programs that run collectives on the same devices may wait for each other for ever.
+        settings = dataclasses.replace(settings, at_once=1)
     open_workdir(folder, plain_config(config))
     work = {"prepare": prepare, "calibrate": calibrate_arms, "distil": distil, "evaluate": evaluate}
     for stage in STAGES[:-1]:

@@ -23,9 +23,10 @@ def run_at_once(jobs: Sequence[Callable[[], None]], workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(job) for job in jobs]
         try:
-            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            wait(running, return_when=FIRST_EXCEPTION)
         finally:
             for future in running:
                 future.cancel()
-        for future in done:
+    for future in running:  # in the order of the jobs: of several errors, the same one each time
+        if not future.cancelled():
             future.result()

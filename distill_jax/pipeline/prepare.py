@@ -133,8 +133,9 @@ def make_tokenizer(settings: Settings, kind: str) -> Tokenizer:
     """ "bytes", or a byte-level BPE trained on the teacher's corpus; digits stay single tokens."""
     if kind == "bytes":
         return Tokenizer.bytes_tokenizer()
-    styles = {name: 1.0 for phase in settings.roles["teacher"].phases for name, _ in phase.styles}
-    texts = chain_arithmetic.corpus(_BPE_TEXTS, settings.seed, styles, (3, 5))
+    phases = settings.roles["teacher"].phases
+    styles = {name: 1.0 for phase in phases for name, _ in phase.styles}
+    texts = chain_arithmetic.corpus(_BPE_TEXTS, settings.seed, styles, phases[0].operations)
     return Tokenizer.train_bpe([prompt + trace for prompt, trace in texts], settings.bpe_vocab_size)
 
 

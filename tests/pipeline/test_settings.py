@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import typing
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ from distill_jax.rft.config import CalibrationConfig
 from distill_jax.rft.losses import KLAnchor
 from distill_jax.rft.step import RftConfig
 from distill_jax.students.train import StudentConfig
-from tests.pipeline.tiny_run import PAIRS, load_config
+from tests.pipeline.tiny_run import PAIRS, ROOT, load_config
 
 
 def get_config(pair="tiny", changes=()):
@@ -331,3 +332,18 @@ def test_a_data_task_after_the_pair(tmp_path):
 def test_a_data_task_that_does_not_fit_is_refused(arg):
     with pytest.raises(ValueError, match="may be followed by one of the tasks"):
         get_config(arg)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("arg", ["tiny", "gemma3_270m"])
+@pytest.mark.parametrize("file", ["probe", "attack"])
+def test_the_other_configs_can_start(file, arg, smoke, capsys):
+    place = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    config = module.get_config(arg)
+    config.smoke, config.stages = smoke, ()
+    assert pipeline.run(config) is None
+    assert f"pair {arg}" in capsys.readouterr().out
+    samples = read_settings(config).distillation.samples
+    assert (samples < 100) == (smoke or (file, arg) == ("probe", "gemma3_270m"))
