@@ -58,6 +58,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
     """
     settings = read_settings(config)
     make_task(settings)  # an unknown task or option is refused before anything is made
+    for term in settings.calibration.rewards:
+        term.check_source()
     chosen(settings)
     if settings.dial.arm:
         dial_settings(settings)

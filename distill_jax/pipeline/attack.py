@@ -44,7 +44,7 @@ from distill_jax.pipeline.settings import Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
 
 # Settings of the suite that decide what a cell is; cells of different ones are not compared.
-_FIXED = ("grid", "clean", "search_problems", "answer_mark", "rewriter")
+_FIXED = ("grid", "folders", "clean", "search_problems", "answer_mark", "rewriter")
 
 
 def attack(settings: Settings, mesh: Mesh, workdir: Path) -> None:
@@ -148,6 +148,9 @@ def _cells(
             yield from _cell(bench, arm, entry, student, suite)
     if not bench.settings.attack_suite.controls:
         return
+    earlier = suite[
+        "controls"
+    ]  # a later start with fewer attacks must not make a failed control forget what failed
     for control in controls.CONTROLS:
         chosen = [entry for entry in trained if controls.judges(control, entry)]
         suite["controls"][control.id] = {
@@ -156,7 +159,9 @@ def _cells(
             "expect": control.expect,
             "arm": control.arm,
             "threshold": control.threshold,
-            "attacks": [entry.id for entry in chosen],
+            "attacks": sorted(
+                {*earlier.get(control.id, {}).get("attacks", ()), *(entry.id for entry in chosen)}
+            ),
         }
         for entry in chosen if control.arm else ():
             yield from _cell(bench, control.arm, entry, student, suite)

@@ -107,9 +107,18 @@ class RewardTerm:
             length_reward(np.zeros(0), self.soft_bytes, self.hard_bytes)
         elif self.kind == "form":
             form_pattern(self.source)
-        elif self.kind == "function":
+
+    def check_source(self) -> None:
+        """Looks at what `source` names: imports a function, or looks for a model's files.
+
+        Not done when a term is made: a config that is only read must not run anybody's code.
+
+        Raises:
+          ValueError: there is no such thing, or it cannot be used.
+        """
+        if self.kind == "function":
             load_function(self.source, FUNCTION_NAMES)
-        elif not (Path(self.source).expanduser() / "config.json").is_file():
+        elif self.kind == "reward_model" and not (Path(self.source).expanduser() / "config.json").is_file():
             raise ValueError(
                 f"a reward model is read from a Hugging Face folder; there is no config.json in {self.source!r}"
             )
@@ -138,7 +147,9 @@ def make_rewards(
     Raises:
       ValueError, FileNotFoundError: a function or a model that cannot be loaded; two terms of one name.
     """
-    return tuple(_MAKERS[term.kind](term, mesh, dtype) for term in check_terms(terms))
+    for term in check_terms(terms):
+        term.check_source()
+    return tuple(_MAKERS[term.kind](term, mesh, dtype) for term in terms)
 
 
 class _Length:

@@ -49,6 +49,20 @@ from distill_jax.tasks.base import Problem, Split, check_draw, did_you_mean, gat
 INSTRUCTION = 'End with "#### " and the answer.'
 STOP_TEXTS = ("\n\n", "\nQuestion:")
 
+# Data sets whose scorer hands the answer to eval, or to sympy's parser, which does.
+RUNS_ANSWERS = frozenset(
+    (
+        "binary_matrix",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    )
+)
 _HELD_OUT = 0.5  # of all questions: one has to be generated to learn its split, and some take long
 _CHUNK = 256  # entries of one seed; fixed, since a few data sets generate other entries for another size
 _PATIENCE = 5_000
@@ -123,6 +137,8 @@ class ReasoningGym:
       stop_texts: see `extract_answer`. Use () for a model whose working has blank lines and that ends by
         itself.
       require_end: score 0 when the model did not end by itself. A base model never does.
+      allow_evaluation: take a data set of `RUNS_ANSWERS`, whose scorer hands the answer to Python's eval (or to sympy's
+        parser, which does): a model, or whoever trained it, can then run code here.
       **dataset_config: fields of the data set's configuration, such as `max_terms` of chain_sum.
 
     Attributes:
@@ -142,6 +158,7 @@ class ReasoningGym:
         instruction: str = INSTRUCTION,
         stop_texts: Sequence[str] = STOP_TEXTS,
         require_end: bool = False,
+        allow_evaluation: bool = False,
         **dataset_config: Any,
     ):
         if isinstance(stop_texts, str) or not all(stop_texts):
@@ -149,6 +166,11 @@ class ReasoningGym:
         if not isinstance(shots, int) or shots < 0:
             raise ValueError(f"shots must be a whole number >= 0, not {shots!r}")
         _check_config(dataset, dataset_config)
+        if dataset in RUNS_ANSWERS and not allow_evaluation:
+            raise ValueError(
+                f"the scorer of reasoning_gym's {dataset!r} runs the answer that a model wrote as Python code; use "
+                "another data set, or, for models that you trust as you trust code, allow_evaluation=True"
+            )
         self.dataset = dataset
         self.failures = 0
         self._config = dataset_config
@@ -281,6 +303,6 @@ def _check_config(dataset: str, config: dict[str, Any]) -> None:
     if unknown := sorted(set(config) - set(fields)):
         raise ValueError(
             f"task 'reasoning_gym' has no option {', '.join(map(repr, unknown))}; its options: dataset, "
-            "shots, instruction, stop_texts, require_end, and those of the data set "
+            "shots, instruction, stop_texts, require_end, allow_evaluation, and those of the data set "
             f"{dataset!r}: {', '.join(fields) or 'none'}"
         )

@@ -81,14 +81,27 @@ def test_reward_model_on_a_mesh(tmp_path, mesh_cube):
         ),
         ({"kind": "form"}, "one of marked, boxed, think or a regular expression; got nothing"),
         ({"kind": "form", "source": "("}, "neither one of .* nor a regular expression"),
-        ({"kind": "function", "source": "nowhere:f"}, "no module 'nowhere'"),
-        ({"kind": "reward_model", "source": "nowhere"}, "no config.json in 'nowhere'"),
         ({"kind": "form", "source": "boxed", "name": "a b"}, "must be one word"),
     ],
 )
 def test_bad_terms(fields, message):
     with pytest.raises(ValueError, match=message):
         RewardTerm(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "function", "source": "nowhere:f"}, "no module 'nowhere'"),
+        ({"kind": "reward_model", "source": "nowhere"}, "no config.json in 'nowhere'"),
+    ],
+)
+def test_a_source_is_looked_at_when_a_run_starts_and_not_when_its_config_is_read(fields, message):
+    term = RewardTerm(**fields)
+    with pytest.raises(ValueError, match=message):
+        term.check_source()
+    with pytest.raises(ValueError, match=message):
+        make_rewards([term])
 
 
 def test_names_must_differ():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 
 import pytest
+from reasoning_gym.factory import DATASETS as RG_DATASETS
 
 from distill_jax.tasks import SPLITS, get_task
-from distill_jax.tasks.reasoning_gym import INSTRUCTION, STOP_TEXTS, extract_answer
+from distill_jax.tasks.reasoning_gym import INSTRUCTION, RUNS_ANSWERS, STOP_TEXTS, extract_answer
 
 # With working; an expression; a multi-line answer; text; JSON; a partial score; none of these.
 DATASETS = [
@@ -21,10 +24,26 @@ DATASETS = [
 ]
 
 
+def of(dataset, **options):
+    return get_task("reasoning_gym", dataset=dataset, allow_evaluation=dataset in RUNS_ANSWERS, **options)
+
+
+def test_scorers_that_run_what_a_model_wrote_are_refused():
+    """The list is what the installed package does, so that a new version cannot bring one in unseen."""
+    code = re.compile(r"(?<!literal_)\b(eval|exec|parse_expr|sympify)\(")
+    runs = {
+        name for name, (cls, _) in RG_DATASETS.items() if code.search(inspect.getsource(cls.score_answer))
+    }
+    assert runs - {"number_sorting"} == RUNS_ANSWERS  # that one evaluates the data set's own answer
+    for dataset in RUNS_ANSWERS:
+        with pytest.raises(ValueError, match=f"{dataset}' runs the answer that a model wrote as Python code"):
+            get_task("reasoning_gym", dataset=dataset)
+
+
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("shots", [0, 2])
 def test_gold_scores_one_and_nothing_scores_zero(dataset, shots):
-    task = get_task("reasoning_gym", dataset=dataset, shots=shots)
+    task = of(dataset, shots=shots)
     for problem in task.problems("test", 8, seed=0):
         assert problem.gold.endswith(f"#### {problem.answer}")
         assert task.score(problem, problem.gold, ended=False) == 1.0
