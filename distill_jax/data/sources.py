@@ -27,7 +27,7 @@ import numpy as np
 
 Row = dict[str, Any]
 TFDS_PREFIX = "tfds:"
-_SHARD = re.compile(r"(.+?)-\d+-of-\d+$")
+_SHARD = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]{8,})?$")
 
 
 class DataError(ValueError):
@@ -237,8 +237,16 @@ def _hugging_face(place: Path, parquet: Sequence[Path]) -> Splits:
     datasets: Any = importlib.import_module("datasets")
     if parquet:
         files: dict[str, list[str]] = {}
+        folders: dict[str, set[str]] = {}
         for file in parquet:
             files.setdefault(_split_name(file), []).append(str(file))
+            folders.setdefault(_split_name(file), set()).add(str(file.parent.relative_to(place)))
+        for split, places in folders.items():
+            if len(places) > 1:  # parts of a data set that are no shards of one another
+                raise DataError(
+                    f"{place} has a split {split!r} in several folders ({', '.join(sorted(places))}); give the path "
+                    "of the one that is meant"
+                )
         # Read as files: no script that lies beside them is run.
         loaded = {
             split: datasets.Dataset.from_parquet(names, split=split, keep_in_memory=True)

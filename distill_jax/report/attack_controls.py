@@ -24,11 +24,19 @@ class Verdict(TypedDict):
 
 
 def suite_verdict(controls: Mapping[str, Mapping[str, Any]]) -> str:
-    """ "invalid" when a control failed; "valid" when some of each kind passed; "not validated" in between."""
+    """ "invalid" when a control failed; "valid" when some of each kind passed; "not validated" in between.
+
+    A planted weakness whose attacks were run and that could not be judged leaves those attacks without a proof that
+    they work, so it stands in the way of "valid" too.
+    """
     if any(control["verdict"] == "failed" for control in controls.values()):
         return "invalid"
     passed = {control["expect"] for control in controls.values() if control["verdict"] == "passed"}
-    return "valid" if passed.issuperset(NEEDED) else "not validated"
+    unproven = any(
+        control["expect"] == "recover" and control["attacks"] and control["verdict"] == "not judged"
+        for control in controls.values()
+    )
+    return "valid" if passed.issuperset(NEEDED) and not unproven else "not validated"
 
 
 def judge_control(results: AttackResults, control: Mapping[str, Any], draw: dict[str, Any]) -> Verdict:

@@ -26,7 +26,7 @@ _DECLARED = re.compile(
 )
 # A letter, alone or in brackets, that is no part of a word.
 _LETTER = re.compile(r"[\s(\[\"'“{]*([A-Za-z])(?![\w'’])[)\]}]?")
-_SECOND = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b)\s*(?:or\s+|and\s+)?\(?([A-Z])\)?(?![\w'’])")
+_SECOND = re.compile(r"\s*(?:[,;|/&]|\bor\b|\band\b)\s*(?:or\s+|and\s+)?\(?([A-Z])\)?(?![\w'’])")
 _DECORATION = re.compile(r"\*\*|__|`|\$|\\(?:text|textbf|mathrm|mathbf|textit)\s*(?=\{)")
 # After "A" or "I", which are words too, only these make it a letter.
 _GOES_ON = re.compile(r"\s*(?:$|[\n.,:;)\]}\"'”(!-]|(?:because|since|as|for|is|or|and)\b)")

@@ -133,3 +133,14 @@ def test_hugging_face_folders_are_read_by_their_package(tmp_path, monkeypatch):
         (tmp_path / "hub" / "data" / f"{name}.parquet").touch()
     splits = open_dataset(tmp_path / "hub")
     assert calls[1:] == [("test", 1), ("train", 2)] and len(splits["train"]) == 2
+    (
+        tmp_path / "hub" / "data" / "test-00000-of-00001-0f3b1c2d4e5a6b7c.parquet"
+    ).touch()  # as the hub names them too
+    open_dataset(tmp_path / "hub")
+    assert calls[3:] == [("test", 2), ("train", 2)]
+    (tmp_path / "hub" / "socratic").mkdir()
+    (tmp_path / "hub" / "socratic" / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(
+        DataError, match=r"a split 'train' in several folders \(data, socratic\); give the path"
+    ):
+        open_dataset(tmp_path / "hub")

@@ -10,6 +10,7 @@ import pytest
 from distill_jax.attacks.controls import CONTROLS
 from distill_jax.attacks.registry import ATTACKS
 from distill_jax.report import render_html, summarise
+from distill_jax.report.attack_controls import suite_verdict
 from distill_jax.report.attack_summary import summarise_attacks
 from distill_jax.report.attack_table import attack_rows, attack_text, heat_map, shaded_rows
 from tests.report.synthetic import CONFIG, ENVIRONMENT, SETTING, World, write_lines, write_workdir
@@ -209,3 +210,27 @@ def test_page(tmp_path, broken):
     assert 'id="attacks"' in page and ("worst-case recovered gap" in page) is not broken
     assert ('<p class="alarm">THE EVALUATION IS INVALID' in page) is broken
     json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (("passed", "passed", "passed"), "valid"),
+        (
+            ("passed", "not judged", "passed"),
+            "not validated",
+        ),  # its attacks ran, and nothing shows that they work
+        (("passed", "passed", "not judged"), "not validated"),
+        (("passed", "failed", "passed"), "invalid"),
+    ],
+)
+def test_what_is_not_proven_is_not_valid(verdicts, expected):
+    kinds = (("P1", "recover"), ("P2", "recover"), ("P3", "fail"))
+    controls = {
+        name: {"expect": expect, "attacks": ["A1"], "verdict": verdict}
+        for (name, expect), verdict in zip(kinds, verdicts, strict=True)
+    }
+    assert suite_verdict(controls) == expected
+    if expected == "not validated" and verdicts[1] == "not judged":
+        controls["P2"]["attacks"] = []  # no attack of its kind was run: there is nothing to prove
+        assert suite_verdict(controls) == "valid"

@@ -47,6 +47,8 @@ CASES = [
     ("My answer is that nobody can know.", None),
     ("The answer is A or B.", None),
     ("The answer is both A and B.", None),
+    ("Answer: A; B; C; D", None),
+    ("#### B | C", None),
     ("A good question! I would have to look it up.", None),
     ("Answer: G", None),
     ("I am not sure.", None),
