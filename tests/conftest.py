@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -78,6 +79,13 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
     """Says which model packages were missing, so that a deselected test does not go unnoticed."""
     missing = config.stash.get(MISSING_PACKAGES, set())
     return [f"left out: tests that need {name} (see MODELS in the Makefile)" for name in sorted(missing)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs() -> Iterator[None]:
+    """Every program that a CPU backend keeps holds memory maps, and a process may have only so many of them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def test_spans_of_two_tokenizers_hold_the_same_bytes(
     )
     for n, (text, (teacher, student)) in enumerate(zip(TEXTS, sides, strict=True)):
         expected = expected_spans(teacher, student)
-        assert spans.num_spans[n] == expected.num_spans > 1
+        assert spans.num_spans[n] == expected.num_spans >= 1
         np.testing.assert_array_equal(spans.valid[n], expected.valid)
         np.testing.assert_array_equal(spans.bytes[n], expected.bytes)
         np.testing.assert_array_equal(spans.id_t[n], expected.teacher.ids)
@@ -124,5 +124,7 @@ def test_spans_of_two_tokenizers_hold_the_same_bytes(
                 for side, ids in zip(pieces[n], (spans.id_t[n].tolist(), spans.id_s[n].tolist()), strict=True)
             ]
             assert joined[0] == joined[1] and len(joined[0]) == spans.bytes[n, k]
+    # Which merges are learned of equally frequent ones is left to chance, so a short text may be one token of one side.
+    assert (np.asarray(spans.num_spans) > 1).any()
     counts = np.stack([spans.count_t, spans.count_s])[:, np.asarray(spans.valid)]
     assert (counts[0] != counts[1]).any() and (counts > 1).all(axis=0).any()  # they do cut differently
