@@ -6,7 +6,6 @@ teacher's distributions, so there the teacher runs in the step.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,32 +18,13 @@ from distill_jax.masked import length_mask, masked_sum, zero_masked
 from distill_jax.models.decoder import Decoder, Params, unembed
 from distill_jax.students.aligned_texts import AlignedTexts
 from distill_jax.students.cross_tokenizer import ALM_UNITS, alm, alm_terms, comparable_spans, uld_distance
-from distill_jax.students.step import StudentState
+from distill_jax.students.step import StudentState, apply_gradient
 from distill_jax.students.targets import Teacher
 
 ULD_PAIRINGS = ("spans", "positions")
 TRAINABLE = ("params", "adapter")
 
 Metrics = dict[str, jax.Array]
-
-
-def apply_gradient(
-    optimizer: optax.GradientTransformation,
-    state: StudentState,
-    loss: jax.Array,
-    gradient: Params,
-    learning_rate: jax.Array,
-) -> tuple[StudentState, Metrics]:
-    """(new state, {"grad_norm", "skipped_steps"}): one update; nothing but the counters moves if it is not finite."""
-    norm = optax.tree.norm(gradient)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-    tree = optax.apply_updates(state.trainable, jax.tree.map(lambda u: learning_rate * u, updates))
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    keep = functools.partial(jnp.where, finite)
-    skipped = state.skipped + jnp.where(finite, 0, 1)
-    kept = jax.tree.map(keep, (tree, opt_state), (state.trainable, state.opt_state))
-    metrics = {"grad_norm": norm, "skipped_steps": skipped.astype(jnp.float32)}
-    return StudentState(state.step + 1, kept[0], kept[1], skipped), metrics
 
 
 def make_alm_step(

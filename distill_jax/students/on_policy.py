@@ -34,10 +34,10 @@ from distill_jax.models.decoder import Decoder, Params
 from distill_jax.sampling import SamplingConfig, make_sampler, row_keys
 from distill_jax.students.aligned_texts import AlignedTexts, take_rows
 from distill_jax.students.cross_tokenizer import comparable_spans, policy_gradient, span_advantages
-from distill_jax.students.cross_tokenizer_step import Metrics, apply_gradient, student_weights
+from distill_jax.students.cross_tokenizer_step import Metrics, student_weights
 from distill_jax.students.replay import Replay, draw_rows, init_replay, push_rows
 from distill_jax.students.scorers import Scorer
-from distill_jax.students.step import StudentState, init_student_state
+from distill_jax.students.step import StudentState, apply_gradient, init_student_state
 from distill_jax.students.targets import Teacher
 from distill_jax.students.train import batch_rows
 

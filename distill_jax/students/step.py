@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,25 @@ def student_loss(
     return total, sequences.completion_length.sum().astype(jnp.float32), parts
 
 
+def apply_gradient(
+    optimizer: optax.GradientTransformation,
+    state: StudentState,
+    loss: jax.Array,
+    gradient: Params,
+    learning_rate: jax.Array,
+) -> tuple[StudentState, dict[str, jax.Array]]:
+    """(new state, {"grad_norm", "skipped_steps"}): one update; nothing but the counters moves if it is not finite."""
+    norm = optax.tree.norm(gradient)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+    tree = optax.apply_updates(state.trainable, jax.tree.map(lambda u: learning_rate * u, updates))
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    keep = functools.partial(jnp.where, finite)
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    kept = jax.tree.map(keep, (tree, opt_state), (state.trainable, state.opt_state))
+    metrics = {"grad_norm": norm, "skipped_steps": skipped.astype(jnp.float32)}
+    return StudentState(state.step + 1, kept[0], kept[1], skipped), metrics
+
+
 def make_student_step(
     module: Decoder,
     optimizer: optax.GradientTransformation,
@@ -156,29 +176,8 @@ def make_student_step(
     ) -> tuple[StudentState, dict[str, jax.Array]]:
         value_and_grad = jax.value_and_grad(value_of, has_aux=True)
         (value, (count, parts)), grads = value_and_grad(state.trainable, base, batch, given)
-        norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        tree = optax.apply_updates(state.trainable, jax.tree.map(lambda u: learning_rate * u, updates))
-        finite = jnp.isfinite(norm) & jnp.isfinite(value)
-
-        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(finite, new, old)
-
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        new_state = StudentState(
-            state.step + 1,
-            jax.tree.map(keep, tree, state.trainable),
-            jax.tree.map(keep, opt_state, state.opt_state),
-            skipped,
-        )
-        metrics = {
-            "loss": value,
-            "grad_norm": norm,
-            "tokens": count,
-            "skipped_steps": skipped.astype(jnp.float32),
-            **parts,
-        }
-        return new_state, metrics
+        state, applied = apply_gradient(optimizer, state, value, grads, learning_rate)
+        return state, {"loss": value, "tokens": count, **applied, **parts}
 
     def run(
         state: StudentState,

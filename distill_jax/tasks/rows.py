@@ -7,6 +7,7 @@ too, as it stands or with other white space or capitals, is left out of training
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import logging
@@ -60,7 +61,7 @@ def column(row: Row, path: str, where: str) -> Any:
     return value
 
 
-class RowTask:
+class RowTask(abc.ABC):
     """What tasks on data sets share. A task gives `name`, `roles`, `_read` and `score`.
 
     Args:
@@ -130,9 +131,9 @@ class RowTask:
             for index, asked in enumerate(drawn)
         ]
 
+    @abc.abstractmethod
     def _read(self, row: Row, where: str) -> Asked:
         """A row as this task sees it. Raises DataError when a column is missing or makes no sense."""
-        raise NotImplementedError
 
     def _text(self, row: Row, role: str, where: str) -> str:
         """The text of a column, stripped. Raises DataError when there is none."""

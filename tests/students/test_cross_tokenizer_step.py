@@ -25,8 +25,8 @@ from distill_jax.students.aligned_texts import (
     take_rows,
 )
 from distill_jax.students.cross_tokenizer import alm_terms
-from distill_jax.students.cross_tokenizer_step import apply_gradient, make_alm_step, make_uld_step
-from distill_jax.students.step import init_student_state
+from distill_jax.students.cross_tokenizer_step import make_alm_step, make_uld_step
+from distill_jax.students.step import apply_gradient, init_student_state
 from distill_jax.students.targets import Teacher
 from distill_jax.students.train import stack_replicas
 
