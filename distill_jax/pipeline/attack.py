@@ -44,7 +44,7 @@ from distill_jax.pipeline.settings import Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
 
 # Settings of the suite that decide what a cell is; cells of different ones are not compared.
-_FIXED = ("grid", "folders", "clean", "search_problems", "answer_mark", "rewriter")
+_FIXED = ("grid", "clean", "search_problems", "answer_mark", "rewriter")
 
 
 def attack(settings: Settings, mesh: Mesh, workdir: Path) -> None:
@@ -108,6 +108,14 @@ def _open_suite(settings: Settings, workdir: Path, arms: list[str], kinds: tuple
         for name in _FIXED
         if before and before["settings"][name] != chosen[name]
     ]
+    # More teachers may come; a name that had cells made from one folder may not mean another.
+    folders = settings.attack_suite.model_folders()
+    known = before.get("folders", {})
+    differing += [
+        f"folders, {name}: {known[name]!r} -> {folder!r}"
+        for name, folder in folders.items()
+        if known.get(name, folder) != folder
+    ]
     if differing:
         raise ValueError(
             f"{workdir} holds attacks of another suite ({'; '.join(differing)}); give the same attack_suite, or "
@@ -115,6 +123,7 @@ def _open_suite(settings: Settings, workdir: Path, arms: list[str], kinds: tuple
         )
     suite = {
         "settings": {**chosen, "controls": chosen["controls"] or before.get("settings", {}).get("controls")},
+        "folders": known | folders,
         "arms": list(dict.fromkeys([*before.get("arms", []), *arms])),
         "kinds": list(dict.fromkeys([*before.get("kinds", []), *kinds])),
         "attacks": before.get("attacks", {}) | {entry.id: _facts(entry) for entry in settings.attacks},

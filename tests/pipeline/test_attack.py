@@ -180,6 +180,9 @@ def test_any_model_folder_is_an_arm(finished, tmp_path):
         )
         assert mine == original
     assert summary["retention"]["mine"]["difference"]["mean"] == 0.0
+    other = dataclasses.replace(suite, folders=f"mine={workdir / 'models' / 'proxy'}")
+    with pytest.raises(ValueError, match=r"another suite \(folders, mine: .*teacher' -> .*proxy'\)"):
+        pipeline.run(attacking("A1", other), workdir)
 
 
 @pytest.mark.parametrize(
