@@ -77,7 +77,8 @@ def export_arm(
     target = Path(out).expanduser().absolute()
     with new_folder(target) as temporary:
         mesh = mesh or make_mesh("data=1", devices=jax.devices()[:1])
-        teacher = load_role(settings, mesh, folder, "teacher")
+        # What is exported is the source's own weights, also where the run kept them in 8 bits.
+        teacher = load_role(settings, mesh, folder, "teacher", weights="full")
         loaded = load_arm(
             settings, folder, teacher, "original" if scale == 0.0 and format == "merged" else arm
         )
@@ -129,6 +130,11 @@ def card_facts(
     if read_json(workdir / "config.json").get("smoke"):
         notes.append(
             "Made by a run of smoke size, which shows that every stage works and proves nothing else."
+        )
+    if settings.roles["teacher"].weights != "full" and arm != "original":
+        notes.append(
+            "The run kept the teacher's weights in 8 bits, for its adapter and for the numbers here; this model "
+            "is made from the weights in full."
         )
     training: dict[str, Any] = {"run": f"pair {settings.pair}, seed {settings.seed}"}
     if arm != "original":

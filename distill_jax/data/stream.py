@@ -37,7 +37,8 @@ class ExampleStream(Generic[Item]):
       source: rows by index.
       batch_size: rows of a whole batch, of all processes together.
       seed: of the order.
-      process_index, process_count: which part is read here.
+      process_index, process_count: which part is read here. Left alone, every process reads the whole batch, which
+        is what `mesh.place_batch` takes: it cuts the rows that a process is given out of a batch that all of them hold.
 
     Raises:
       ValueError: an empty source, a batch below 1, or one that the processes cannot share equally.

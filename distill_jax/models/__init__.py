@@ -12,10 +12,12 @@ _MODULES = (
     "gguf_file",
     "gguf_io",
     "hf_io",
+    "hub",
     "layers",
     "model",
     "packages",
     "presets",
+    "quantised",
     "spec",
     "weights",
 )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from distill_jax.mesh import place
 from distill_jax.models.decoder import Decoder, Params, abstract_params, param_axes
+from distill_jax.models.quantised import is_quantised
 
 TARGETS = ("attn", "mlp", "head")
 # Number of input dimensions of each kernel (the leading "layers" dimension not counted).
@@ -117,11 +118,20 @@ def adapter_axes(module: Decoder, config: AdapterConfig) -> Params:
 
 
 def merge_adapter(params: Params, adapter: Params, scale: float | jax.Array) -> Params:
-    """params with every adapted kernel replaced by kernel + scale * A B, in the kernel's dtype."""
+    """params with every adapted kernel replaced by kernel + scale * A B, in the kernel's dtype.
+
+    Raises:
+      ValueError: a kernel in 8 bits.
+    """
 
     def merge(path: tuple[str, ...], node: Params, low: Params) -> Params:
         if "a" in low and "b" in low:
             kernel, a, b = node["kernel"], low["a"], low["b"]
+            if is_quantised(kernel):
+                raise ValueError(
+                    f"an adapter is not merged into weights of 8 bits ({'.'.join(path)}): the sum would be rounded "
+                    "again; load the model with weights='full' and merge into that"
+                )
             stacked, _ = _split(path)
             rank = a.shape[-1]
             layers = kernel.shape[:stacked]

@@ -24,6 +24,7 @@ from distill_jax.mesh import place_batch, replicated
 from distill_jax.models import hf_io
 from distill_jax.models.decoder import Decoder, Params, apply
 from distill_jax.models.families import spec_from_config
+from distill_jax.models.hub import fetch_from_hub, is_hub_name
 from distill_jax.models.spec import ModelSpec
 from distill_jax.text.tokenizers import Tokenizer
 
@@ -86,7 +87,7 @@ def load_classifier(
     """Loads a sequence classifier with one label from a Hugging Face folder.
 
     Args:
-      path: the folder.
+      path: the folder, or "hf://ORGANISATION/NAME[@REVISION]" on the hub.
       mesh: where the weights are put, each by its logical axes; None is the default device.
       dtype: of the weights and of the computation; the score is float32.
       tokenizer: used instead of the one that lies beside the weights.
@@ -96,7 +97,7 @@ def load_classifier(
       ValueError: no sequence classifier, a family that is not supported, more than one label, or what reading the
         weights raises.
     """
-    folder = Path(path).expanduser()
+    folder = fetch_from_hub(str(path)) if is_hub_name(path) else Path(path).expanduser()
     config = hf_io.read_json(folder / "config.json")
     names = config.get("architectures") or []
     if len(names) != 1 or not str(names[0]).endswith(_KIND):

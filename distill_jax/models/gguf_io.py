@@ -145,9 +145,9 @@ def _llama3_scaling(file: GGUFFile, spec: ModelSpec) -> RopeScaling:
     return scaling
 
 
-def read_gguf_params(file: GGUFFile, module: Decoder) -> Params:
+def read_gguf_params(file: GGUFFile, module: Decoder, weights: str = "full") -> Params:
     """The parameter tree of a decoder built from `gguf_spec(file)`, dequantised, in the module's
-    `param_dtype`.
+    `param_dtype`; with weights="int8" the layers' kernels in 8 bits.
 
     Raises:
       ValueError: missing, unexpected or wrongly shaped tensors, or a block format that can't be dequantised.
@@ -175,7 +175,7 @@ def read_gguf_params(file: GGUFFile, module: Decoder) -> Params:
         # Files carry the scale that is applied; we keep, as Hugging Face does, what is added to the offset.
         return value - np.float32(spec.norm_offset) if weight.path[-1] == "scale" else value
 
-    return assemble_params(module, fetch)
+    return assemble_params(module, fetch, weights)
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:

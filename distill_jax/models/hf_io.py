@@ -174,7 +174,9 @@ def read_tensor(folder: Path, name: str) -> np.ndarray:
         return file.get_tensor(name)
 
 
-def read_hf_params(folder: Path, module: Decoder, beside: Collection[str] = ()) -> Params:
+def read_hf_params(
+    folder: Path, module: Decoder, beside: Collection[str] = (), weights: str = "full"
+) -> Params:
     """The parameter tree of a folder's weights, in the module's `param_dtype` and, if it has a mesh, on it.
 
     Shards are memory-mapped and read one stacked parameter at a time, so the host holds no second copy of the model.
@@ -183,6 +185,7 @@ def read_hf_params(folder: Path, module: Decoder, beside: Collection[str] = ()) 
       folder: with one safetensors file, or an index and its shards.
       module: the decoder.
       beside: names that may stand in the files though the decoder has no such weight.
+      weights: "full", or "int8" for the layers' kernels in 8 bits.
 
     Raises:
       FileNotFoundError, ValueError: see `stored_tensors`; missing, unexpected or wrongly shaped weights, or a dtype
@@ -221,7 +224,7 @@ def read_hf_params(folder: Path, module: Decoder, beside: Collection[str] = ()) 
                 f"{folder}: config.json says that the head is the embedding (tie_word_embeddings), but {_HEAD} "
                 "differs from it; set tie_word_embeddings to false to use it"
             )
-        return assemble_params(module, lambda weight, layer: read(weight.hf.format(layer)))
+        return assemble_params(module, lambda weight, layer: read(weight.hf.format(layer)), weights)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill_jax.mesh import constrain
+from distill_jax.models.quantised import dequantise, is_quantised
 from distill_jax.models.spec import RopeScaling
 
 
@@ -20,7 +21,10 @@ def _expand(weight: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Projection(nn.Module):
-    """x[..., *in] -> y[..., *out]; with an adapter: y + scale * (x a) b, the product a b never being built."""
+    """x[..., *in] -> y[..., *out]; with an adapter: y + scale * (x a) b, the product a b never being built.
+
+    The kernel may be one of `quantised.quantise`: frozen, and widened here.
+    """
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -54,7 +58,12 @@ class Projection(nn.Module):
             rows = value.astype(self.dtype).reshape(math.prod(lead), -1)
             return (rows @ weight.astype(self.dtype).reshape(rows.shape[1], -1)).reshape(*lead, *out)
 
-        y = contract(x, kernel, n_in)
+        if is_quantised(kernel):
+            # Checkpointed, so that a backward pass keeps the 8 bits and not what they were widened to.
+            wide = jax.checkpoint(lambda x, kernel: contract(x, dequantise(kernel), n_in), prevent_cse=False)
+            y = wide(x, kernel)
+        else:
+            y = contract(x, kernel, n_in)
         if self.has_variable("adapter", "a"):
             low = contract(x, self.get_variable("adapter", "a"), n_in)
             delta = contract(low, self.get_variable("adapter", "b"), 1)

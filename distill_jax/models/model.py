@@ -20,7 +20,9 @@ from distill_jax.models.decoder import Decoder, Params, apply, unembed
 from distill_jax.models.families import config_from_spec, spec_from_config
 from distill_jax.models.gguf_file import read_gguf
 from distill_jax.models.gguf_io import gguf_spec, read_gguf_params
+from distill_jax.models.hub import PREFIX, fetch_from_hub, is_hub_name
 from distill_jax.models.packages import PACKAGE_MODELS, find_package_model
+from distill_jax.models.quantised import check_weights, has_quantised
 from distill_jax.models.spec import ModelSpec
 from distill_jax.text.tokenizers import TokenIds, Tokenizer
 
@@ -119,44 +121,50 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: str = "float32",
     tokenizer: Tokenizer | None = None,
+    weights: str = "full",
 ) -> Model:
-    """Loads a model from disk; nothing is fetched from a network.
+    """Loads a model from disk; only a name that starts with "hf://" may be fetched from a network.
 
     Args:
       path_or_name: a Hugging Face folder (config.json and safetensors, also sharded; `save_model` writes such
-        a folder), a .gguf file, or the name of a demo model in an installed package: "smollm2-135m",
-        "gemma3-270m".
+        a folder), a .gguf file, the name of a demo model in an installed package: "smollm2-135m",
+        "gemma3-270m"; or "hf://ORGANISATION/NAME[@REVISION]" on the Hugging Face hub (see `hub`).
       mesh: where the weights are put, each by its logical axes; None is the default device.
       dtype: of the weights and of the computation: "float32", "bfloat16" or "float16".
       tokenizer: used instead of the one that lies beside the weights.
+      weights: "int8" keeps the layers' kernels in 8 bits, for a model that stays frozen: an adapter on top of
+        it is trained as on any other, the weights cannot be trained, merged or saved (see `quantised`).
 
     Raises:
-      FileNotFoundError: no such file, folder or installed package; says what to install.
+      FileNotFoundError: no such file, folder, installed package or model on the hub; says what to do.
       ValueError: an unsupported architecture or setting; truncated, pickled, missing or unexpected weights; a
-        tokenizer with more tokens than the embedding has rows. `mesh.ShardingError`: the mesh does not divide
-          a dimension.
+        tokenizer with more tokens than the embedding has rows; "int8" without the package qwix.
+        `mesh.ShardingError`: the mesh does not divide a dimension.
     """
+    check_weights(weights)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     path = Path(path_or_name).expanduser()
-    if not path.exists():
+    if is_hub_name(path_or_name):
+        path = fetch_from_hub(str(path_or_name))
+    elif not path.exists():
         if str(path_or_name) not in PACKAGE_MODELS:
             raise FileNotFoundError(
-                f"no model at {path_or_name!r}: expected a Hugging Face folder, a .gguf file, or one of the names "
-                f"{sorted(PACKAGE_MODELS)}"
+                f"no model at {path_or_name!r}: expected a Hugging Face folder, a .gguf file, "
+                f"{PREFIX}ORGANISATION/NAME, or one of the names {sorted(PACKAGE_MODELS)}"
             )
         path = find_package_model(str(path_or_name))
     if path.is_dir():
         spec = spec_from_config(hf_io.read_json(path / "config.json"))
         module = Decoder(spec, mesh, dtype, param_dtype=dtype)
-        params = hf_io.read_hf_params(path, module)
+        params = hf_io.read_hf_params(path, module, weights=weights)
         if tokenizer is None and any((path / name).is_file() for name in _TOKENIZER_FILES):
             tokenizer = Tokenizer.from_folder(path)
     else:
         file = read_gguf(path)
         spec = gguf_spec(file)
         module = Decoder(spec, mesh, dtype, param_dtype=dtype)
-        params = read_gguf_params(file, module)
+        params = read_gguf_params(file, module, weights)
         tokenizer = tokenizer or Tokenizer.from_gguf(path)
     return Model(spec, params, tokenizer, module, mesh)
 
@@ -188,10 +196,16 @@ def save_model(
     Raises:
       FileExistsError: `path` exists and is not an empty folder.
       OSError: could not be written (a full disk, for example); nothing is left under the name.
-      ValueError: merge=False without an adapter, or a spec that no Hugging Face architecture expresses.
+      ValueError: merge=False without an adapter, weights in 8 bits with merge=True, or a spec that no Hugging Face
+        architecture expresses.
     """
     if adapter is None and not merge:
         raise ValueError("merge=False writes an adapter folder, but no adapter was given")
+    if merge and has_quantised(model.params):
+        raise ValueError(
+            "the weights of this model are in 8 bits, and a folder is written from the original ones; load it with "
+            "weights='full' and save that (an adapter alone can be written with merge=False)"
+        )
     target = Path(path).expanduser().absolute()
     factor = float(multiplier(scale, adapter_config))
     if adapter is not None and not merge:

@@ -11,7 +11,7 @@ from distill_jax.mesh import ShardingError, axis_size, place
 from distill_jax.models.decoder import Decoder, abstract_params, param_axes
 from distill_jax.models.packages import PACKAGE_MODELS
 from distill_jax.models.spec import ModelSpec
-from distill_jax.pipeline.prepare import SCORED_ROWS, all_roles, check_sources, role_spec
+from distill_jax.pipeline.prepare import SCORED_ROWS, all_roles, check_sources, model_place, role_spec
 from distill_jax.pipeline.settings import Settings
 from distill_jax.text.tokenizers import Tokenizer
 
@@ -40,7 +40,10 @@ def check_start(settings: Settings, mesh: Mesh, workdir: Path) -> None:
 
 
 def batch_rows(settings: Settings) -> dict[str, int]:
-    """Setting -> rows of a batch that it makes, of all batches that are laid out over the mesh."""
+    """Setting -> rows of a batch that it makes, of all batches that are laid out over the mesh as they are.
+
+    The probes' own batches (`probe_suite.batch_size`) are not among them: they are filled up to what the mesh divides.
+    """
     calibration, evaluation = settings.calibration, settings.evaluation
     rows = {
         "calibration.batch_size": calibration.prompts_per_step * calibration.rft.num_samples,
@@ -48,6 +51,13 @@ def batch_rows(settings: Settings) -> dict[str, int]:
         "distillation.training.batch_size": settings.distillation.training.batch_size,
         "evaluation.rollouts": min(SCORED_ROWS, evaluation.rollouts, evaluation.problems),
     }
+    # Their teachers' texts are scored for the gap; their students are trained in the batches of all students.
+    if settings.dial.arm:
+        rows["dial.problems"] = min(SCORED_ROWS, settings.dial.problems, evaluation.problems)
+    if settings.study is not None:
+        rows["study.problems"] = min(SCORED_ROWS, settings.study.problems, evaluation.problems)
+    if calibration.proxy == "learning":
+        rows["calibration.proxy_batch"] = calibration.proxy_batch
     for name, role in all_roles(settings).items():
         if role.source == "train":
             rows |= {
@@ -59,12 +69,14 @@ def batch_rows(settings: Settings) -> dict[str, int]:
 def _known_spec(settings: Settings, mesh: Mesh, workdir: Path, name: str) -> ModelSpec | None:
     """A role's model in numbers as far as they are certain now, None where only its weights tell them."""
     role = all_roles(settings)[name]
-    folder = workdir / "models" / name if role.source == "train" else Path(role.source).expanduser()
-    if (folder / "config.json").is_file():
+    location = model_place(settings, workdir, name)
+    if location is not None and (location / "config.json").is_file():
         return role_spec(settings, workdir, name)
     if role.source == "train":
         # The size of a trained vocabulary is known only after its training: one that divides stands for it.
         trained = role.tokenizer != "bytes"
         size = axis_size(mesh, "vocab") if trained else Tokenizer.bytes_tokenizer().vocab_size
         return dataclasses.replace(role.spec, vocab_size=size)
-    return role.spec if role.source in PACKAGE_MODELS and not folder.exists() else None
+    return (
+        role.spec if role.source in PACKAGE_MODELS and not Path(role.source).expanduser().exists() else None
+    )

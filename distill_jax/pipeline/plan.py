@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from distill_jax.mesh import AXES
 from distill_jax.metrics import format_table
 from distill_jax.models.adapter import AdapterConfig
+from distill_jax.models.quantised import weight_bytes
 from distill_jax.models.spec import ModelSpec
-from distill_jax.pipeline.prepare import all_roles
+from distill_jax.pipeline.prepare import all_roles, further_proxies
 from distill_jax.pipeline.settings import Settings
 
 GIB = 2**30
@@ -61,16 +62,25 @@ def calibration_memory(settings: Settings) -> dict[str, float]:
     mesh = mesh_sizes(settings.mesh)
     rows_cut, weights_cut = mesh["data"] * mesh["fsdp"], mesh["fsdp"] * mesh["tensor"]
     width = jnp.dtype(settings.dtype).itemsize
-    teacher, proxy = settings.roles["teacher"].spec, settings.roles["proxy"].spec
-    config = settings.calibration
+    teacher = settings.roles["teacher"].spec
+    frozen = {
+        name: weight_bytes(role.spec, settings.dtype, role.weights)
+        for name, role in {**settings.roles, **further_proxies(settings)}.items()
+    }
+    config, proxies = settings.calibration, ("proxy", *further_proxies(settings))
+    learning = {}
+    if config.proxy == "learning":
+        weights = sum(all_roles(settings)[name].spec.num_params for name in proxies)
+        learning["learning proxy: weights, gradient, two moments"] = 4 * 4 * weights / weights_cut
     rows = config.prompts_per_step * config.rft.num_samples / rows_cut
     slots = max(config.prompt_sizes) + config.completion_size
     trained = adapter_params(teacher, config.adapter) if config.trainable == "adapter" else teacher.num_params
     micro_rows = rows / config.rft.micro_batches
     layers = teacher.n_layers if settings.remat == "full" else 8 * teacher.n_layers
     return {
-        "teacher weights": teacher.num_params * width / weights_cut,
-        "proxy weights": proxy.num_params * width / weights_cut,
+        "teacher weights": frozen["teacher"] / weights_cut,
+        "proxy weights": sum(frozen[name] for name in proxies) / weights_cut,
+        **learning,
         "trained weights, gradient, two moments": 4 * 4 * trained / weights_cut,
         "key/value cache of the rollouts": 2
         * teacher.n_layers
@@ -114,7 +124,7 @@ def format_plan(settings: Settings) -> str:
             role.spec.family,
             role.spec.n_layers,
             role.spec.d_model,
-            f"{role.spec.num_params / 1e6:.2f}M",
+            f"{role.spec.num_params / 1e6:.2f}M" + (f" {role.weights}" if role.weights != "full" else ""),
         )
         for name, role in all_roles(settings).items()
     ]

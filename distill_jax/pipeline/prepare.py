@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 from distill_jax.checkpoint import read_json
 from distill_jax.models.decoder import Decoder, Params, init_params
 from distill_jax.models.families import spec_from_config
+from distill_jax.models.hub import PREFIX, check_hub_name, find_in_cache, is_hub_name
 from distill_jax.models.model import Model, load_model, save_model
 from distill_jax.models.packages import PACKAGE_MODELS, find_package_model
+from distill_jax.models.quantised import check_weights
 from distill_jax.models.spec import ModelSpec
 from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.settings import Phase, Role, Settings
@@ -33,12 +35,24 @@ SCORED_ROWS = 64  # texts that are scored at a time
 
 
 def all_roles(settings: Settings) -> dict[str, Role]:
-    """Name -> role of every model: teacher, proxy, and each kind of student."""
-    return {**settings.roles, **{f"student_{name}": role for name, role in settings.students.items()}}
+    """Name -> role of every model: teacher, proxy, in an ensemble the further proxies, and each kind of student."""
+    further = further_proxies(settings)
+    return {
+        **settings.roles,
+        **further,
+        **{f"student_{name}": role for name, role in settings.students.items()},
+    }
+
+
+def further_proxies(settings: Settings) -> dict[str, Role]:
+    """Name of the model -> role of the proxies beside roles.proxy; none without `calibration.ensemble`."""
+    if settings.calibration.ensemble is None:
+        return {}
+    return {f"proxy_{name}": role for name, role in settings.proxies.items()}
 
 
 def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
-    """Trains the models with source "train", and checks that teacher and proxy fit together.
+    """Trains the models with source "train", and checks that teacher and proxies fit together.
 
     Raises:
       ValueError: tokenizers that cannot be aligned.
@@ -63,9 +77,10 @@ def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
         settings.at_once,
     )
     teacher = load_role(settings, mesh, workdir, "teacher")
-    proxy = load_role(settings, mesh, workdir, "proxy")
-    assert teacher.tokenizer is not None and proxy.tokenizer is not None
-    check_alignable(teacher.tokenizer, proxy.tokenizer, _sample_texts(settings), continuation=True)
+    for name in ("proxy", *further_proxies(settings)):
+        proxy = load_role(settings, mesh, workdir, name)
+        assert teacher.tokenizer is not None and proxy.tokenizer is not None
+        check_alignable(teacher.tokenizer, proxy.tokenizer, _sample_texts(settings), continuation=True)
 
 
 def check_sources(settings: Settings) -> None:
@@ -73,10 +88,11 @@ def check_sources(settings: Settings) -> None:
 
     Raises:
       FileNotFoundError: weights of any role are not there.
-      ValueError: models to be trained with a task that has no corpus.
+      ValueError: models to be trained with a task that has no corpus; weights in 8 bits without the package for them.
     """
     roles = all_roles(settings)
     for name, role in roles.items():
+        check_weights(role.weights)
         _check_source(name, role)
     if settings.task != "chain_arithmetic" and any(role.source == "train" for role in roles.values()):
         raise ValueError(
@@ -88,34 +104,48 @@ def check_sources(settings: Settings) -> None:
 def _check_source(name: str, role: Role) -> None:
     if role.source == "train" or Path(role.source).expanduser().exists():
         return
-    if role.source not in PACKAGE_MODELS:
+    if role.source not in PACKAGE_MODELS and not is_hub_name(role.source):
         raise FileNotFoundError(
-            f"{name}: no model at {role.source!r}; expected a Hugging Face folder, a .gguf file, or one of the names "
-            f"{sorted(PACKAGE_MODELS)}"
+            f"{name}: no model at {role.source!r}; expected a Hugging Face folder, a .gguf file, "
+            f"{PREFIX}ORGANISATION/NAME, or one of the names {sorted(PACKAGE_MODELS)}"
         )
     try:
-        find_package_model(role.source)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: {error}") from error
+        if is_hub_name(role.source):
+            check_hub_name(role.source)
+        else:
+            find_package_model(role.source)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def model_place(settings: Settings, workdir: Path, name: str) -> Path | None:
+    """Where a role's model lies or will lie, None for one on the hub that is not fetched yet."""
+    role = all_roles(settings)[name]
+    if role.source == "train":
+        return workdir / "models" / name
+    return find_in_cache(role.source) if is_hub_name(role.source) else Path(role.source).expanduser()
 
 
 def role_spec(settings: Settings, workdir: Path, name: str) -> ModelSpec:
     """A role's model in numbers, from its config.json where there is one, without touching its weights."""
-    role = all_roles(settings)[name]
-    folder = workdir / "models" / name if role.source == "train" else Path(role.source).expanduser()
-    config = folder / "config.json"
-    return spec_from_config(read_json(config)) if config.is_file() else role.spec
+    place = model_place(settings, workdir, name)
+    if place is not None and (place / "config.json").is_file():
+        return spec_from_config(read_json(place / "config.json"))
+    return all_roles(settings)[name].spec
 
 
-def load_role(settings: Settings, mesh: Mesh, workdir: Path, name: str) -> Model:
+def load_role(settings: Settings, mesh: Mesh, workdir: Path, name: str, weights: str | None = None) -> Model:
     """The model of a role, placed on the mesh, its activations checkpointed as the config says.
+
+    Args:
+      weights: instead of the role's own `weights`.
 
     Raises:
       FileNotFoundError: its weights are not there. ValueError: no tokenizer beside them, or what `load_model` raises.
     """
     role = all_roles(settings)[name]
     source = workdir / "models" / name if role.source == "train" else role.source
-    model = load_model(source, mesh, settings.dtype)
+    model = load_model(source, mesh, settings.dtype, weights=weights or role.weights)
     if model.tokenizer is None:
         raise ValueError(f"{name}: {source} holds no tokenizer; put its tokenizer.json beside the weights")
     module = model.module.clone(remat=settings.remat)

@@ -17,11 +17,13 @@ from distill_jax.attacks import registry
 from distill_jax.attacks.attack import Attack
 from distill_jax.models.decoder import REMAT_POLICIES
 from distill_jax.models.model import DTYPES
+from distill_jax.models.quantised import WEIGHTS
 from distill_jax.models.spec import ModelSpec
 from distill_jax.optimizer import OptimizerConfig
 from distill_jax.pipeline.attack_settings import AttackSuite
 from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.probe_settings import ProbeSuite, choose_probes
+from distill_jax.pipeline.study_settings import StudyConfig
 from distill_jax.rft.config import CalibrationConfig, check_arm
 from distill_jax.rft.texts import PROMPT_STYLES
 from distill_jax.students.train import StudentConfig
@@ -56,12 +58,14 @@ class Role:
 
     Attributes:
       source: "train" makes it in the run, from `spec`, `tokenizer` and `phases`; anything else goes to `load_model`
-        (a folder, a .gguf file, or the name of a demo model).
+        (a folder, a .gguf file, the name of a demo model, or "hf://ORGANISATION/NAME[@REVISION]" on the hub).
       spec: for "train", and for the plan of a loaded model whose files are not at hand.
       tokenizer: for "train": "bytes" or "bpe" (byte-level BPE, trained on the teacher's corpus).
       phases: of training, in order.
       prompt_style: "raw", "plain", "chat" or "auto" (see `texts.encode_prompts`).
       seed: added to the run's seed for this role's weights and corpus.
+      weights: "int8" keeps the layers' kernels of a model that stays frozen in 8 bits: of the proxy, and of a teacher
+        of which an adapter is trained (see `models.quantised`). Exports are made from the source in full.
     """
 
     source: str
@@ -70,8 +74,11 @@ class Role:
     phases: tuple[Phase, ...] = ()
     prompt_style: str = "auto"
     seed: int = 0
+    weights: str = "full"
 
     def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {WEIGHTS}, got {self.weights!r}")
         if self.source == "train" and self.tokenizer not in TOKENIZERS:
             raise ValueError(
                 f"tokenizer of a trained model must be one of {TOKENIZERS}, got {self.tokenizer!r}"
@@ -175,6 +182,8 @@ class Settings:
     probes: tuple[str, ...] = ()
     probe_suite: ProbeSuite = DEFAULT_PROBES
     dial: DialConfig = DEFAULT_DIAL
+    study: StudyConfig | None = None
+    proxies: Mapping[str, Role] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -187,6 +196,29 @@ class Settings:
         missing = {"teacher", "proxy"} - set(self.roles)
         if missing:
             raise ValueError(f"roles {sorted(missing)} are not given")
+        if self.calibration.ensemble is not None and not self.proxies:
+            raise ValueError(
+                f"calibration.ensemble={self.calibration.ensemble!r} puts several proxies together, but `proxies` "
+                "names none beside roles.proxy; add a role to it, or leave the ensemble out"
+            )
+        for name, role in {"roles.proxy": self.roles["proxy"], **self.proxies}.items():
+            if role.weights != "full" and self.calibration.proxy == "learning":
+                raise ValueError(
+                    f"{name}: weights={role.weights!r} with calibration.proxy='learning': weights of 8 bits are frozen "
+                    "and cannot learn; set 'full'"
+                )
+        for name, role in self.students.items():
+            if role.weights != "full":
+                raise ValueError(
+                    f"students.{name}.weights={role.weights!r}: weights of 8 bits are frozen, and a student's are"
+                    " trained (some attacks ask for their gradient in any case); set 'full'"
+                )
+        teacher = self.roles["teacher"]
+        if teacher.weights != "full" and self.calibration.trainable != "adapter":
+            raise ValueError(
+                f"roles.teacher.weights={teacher.weights!r} with calibration.trainable={self.calibration.trainable!r}: "
+                "weights of 8 bits are frozen; train an adapter (trainable='adapter'), or set weights to 'full'"
+            )
         for name, value, choices in (
             ("dtype", self.dtype, DTYPES),
             ("remat", self.remat, tuple(REMAT_POLICIES)),
@@ -347,6 +379,11 @@ def read_settings(config: config_dict.ConfigDict) -> Settings:
         probes=choose_probes(config.get("probes", "none")),
         probe_suite=from_config(ProbeSuite, config.get("probe_suite", {}), "probe_suite"),
         dial=from_config(DialConfig, config.get("dial", {}), "dial"),
+        proxies={
+            name: from_config(Role, role, f"proxies.{name}")
+            for name, role in config.get("proxies", {}).items()
+        },
+        study=from_config(StudyConfig, config.study, "study") if "study" in config else None,
     )
 
 

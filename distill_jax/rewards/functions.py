@@ -24,6 +24,7 @@ from typing import Any
 
 _LOADING_SECONDS = 300.0  # importing sympy, or a user's own module, on a busy machine
 _GRACE_SECONDS = 2.0  # the kernel's alarm in the child comes first
+LEAST_MEMORY_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,9 @@ class _Child:
             self.stop()
             raise CallFailed(f"its process had died: {error}") from error
         kind, value = self._receive(self._seconds, self._seconds + _GRACE_SECONDS)
+        if kind == "exhausted":
+            self.stop()  # what the call left in memory would cost the next ones too
+            raise CallFailed(f"it needed more memory than memory_bytes={value}")
         if kind == "raised":
             raise CallFailed(f"it raised {value}")
         if not math.isfinite(value):
@@ -129,7 +133,8 @@ class LimitedFunction:
       names: what each call offers; the function takes those that its parameters are named after.
       seconds: wall-clock time of one call.
       workers: processes.
-      memory_bytes: address space of each; None sets no limit.
+      memory_bytes: that each may allocate, what it has imported included; None sets no limit. A call that asks for more
+        gives no number, and the next one gets a new process.
 
     Attributes:
       failures: calls that gave no finite number.
@@ -149,6 +154,11 @@ class LimitedFunction:
     ) -> None:
         if not seconds > 0 or workers < 1:
             raise ValueError(f"seconds must be above 0 and workers at least 1, got {seconds} and {workers}")
+        if memory_bytes is not None and memory_bytes < LEAST_MEMORY_BYTES:
+            raise ValueError(
+                f"memory_bytes must be at least {LEAST_MEMORY_BYTES}, less does not even hold Python; "
+                f"got {memory_bytes}"
+            )
         self.path, self.failures = path, 0
         limits = (repr(float(seconds)), str(memory_bytes or 0))
         command = (sys.executable, "-m", "distill_jax.rewards.worker", path, ",".join(names), *limits)

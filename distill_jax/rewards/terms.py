@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax.rewards.functions import LimitedFunction
+from distill_jax.models.hub import is_hub_name, split_name
+from distill_jax.rewards.functions import LEAST_MEMORY_BYTES, LimitedFunction
 from distill_jax.rewards.reward_model import RewardModel
 from distill_jax.rewards.shaping import form_pattern, length_reward
 from distill_jax.rewards.worker import load_function
@@ -74,9 +75,12 @@ class RewardTerm:
       weight: of its normalised advantage; the task's own has 1.
       name: in the logs, the kind by default.
       source: of "form", one of `shaping.FORMS` or a regular expression for the whole completion; of "function",
-        "module:function" with parameters out of `FUNCTION_NAMES`, returning a number; of "reward_model", a folder.
+        "module:function" with parameters out of `FUNCTION_NAMES`, returning a number; of "reward_model", a folder or
+        "hf://ORGANISATION/NAME[@REVISION]".
       soft_bytes, hard_bytes: of "length": full reward up to, none from.
       seconds, workers: of "form" and "function": time of one call, and processes.
+      memory_bytes: of "form" and "function": what a process may allocate, its imports included; a call that needs more
+        costs its sample, as one that takes too long does. The default stops what would take the machine with it.
       batch_size, sizes: of "reward_model": rows at a time, and lengths in tokens.
 
     Raises:
@@ -91,6 +95,7 @@ class RewardTerm:
     hard_bytes: int = 0
     seconds: float = 5.0
     workers: int = 2
+    memory_bytes: int = 8 << 30
     batch_size: int = 16
     sizes: tuple[int, ...] = (512, 1024, 2048)
 
@@ -103,6 +108,11 @@ class RewardTerm:
         object.__setattr__(self, "name", self.name or self.kind)
         if not self.name.isidentifier():
             raise ValueError(f"name of a reward must be one word of letters, digits and _, got {self.name!r}")
+        if self.memory_bytes < LEAST_MEMORY_BYTES:
+            raise ValueError(
+                f"memory_bytes of the reward {self.kind!r} must be at least {LEAST_MEMORY_BYTES}, less does not even "
+                f"hold Python; got {self.memory_bytes}"
+            )
         if self.kind == "length":
             length_reward(np.zeros(0), self.soft_bytes, self.hard_bytes)
         elif self.kind == "form":
@@ -118,6 +128,8 @@ class RewardTerm:
         """
         if self.kind == "function":
             load_function(self.source, FUNCTION_NAMES)
+        elif self.kind == "reward_model" and is_hub_name(self.source):
+            split_name(self.source)
         elif self.kind == "reward_model" and not (Path(self.source).expanduser() / "config.json").is_file():
             raise ValueError(
                 f"a reward model is read from a Hugging Face folder; there is no config.json in {self.source!r}"
@@ -167,7 +179,9 @@ class _Limited:
 
     def __init__(self, term: RewardTerm, path: str, names: Sequence[str]) -> None:
         self.name = term.name
-        self._function = LimitedFunction(path, names, seconds=term.seconds, workers=term.workers)
+        self._function = LimitedFunction(
+            path, names, seconds=term.seconds, workers=term.workers, memory_bytes=term.memory_bytes
+        )
 
     @property
     def failures(self) -> int:

@@ -44,7 +44,8 @@ def load_function(path: str, names: Sequence[str]) -> tuple[Callable[..., Any], 
             f"{path!r}: there is no module {error.name!r}; start in its folder, or put that on PYTHONPATH"
         ) from error
     except Exception as error:
-        raise ValueError(f"{path!r}: importing {module_name} failed with {error!r}") from error
+        hint = "; give it more memory_bytes" if isinstance(error, MemoryError) else ""
+        raise ValueError(f"{path!r}: importing {module_name} failed with {error!r}{hint}") from error
     for name in attribute.split("."):
         if not hasattr(found, name):
             close = difflib.get_close_matches(name, dir(found), n=1)
@@ -75,7 +76,7 @@ def serve(path: str, names: Sequence[str], seconds: float, memory_bytes: int) ->
     Args:
       path, names: see `load_function`.
       seconds: wall-clock time of a call.
-      memory_bytes: address space of this process; 0 sets no limit.
+      memory_bytes: that this process may allocate; 0 sets no limit. ("exhausted", memory_bytes) for a call beyond it.
     """
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints must not stand among the replies
@@ -85,7 +86,8 @@ def serve(path: str, names: Sequence[str], seconds: float, memory_bytes: int) ->
         replies.flush()
 
     if memory_bytes:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        # Memory that can be written, not address space: libraries reserve far more of that than they use.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     try:
         function, taken = load_function(path, names)
     except ValueError as error:
@@ -100,6 +102,8 @@ def serve(path: str, names: Sequence[str], seconds: float, memory_bytes: int) ->
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             answer: tuple[str, Any] = ("value", float(function(**arguments)))
+        except MemoryError:
+            answer = ("exhausted", memory_bytes)
         except BaseException as error:  # SystemExit among them: one call is not the process's to end
             answer = ("raised", f"{type(error).__name__}: {error}")
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a function may have set its own

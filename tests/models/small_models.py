@@ -5,11 +5,39 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from distill_jax.models.adapter import AdapterConfig, init_adapter
+from distill_jax.models.decoder import Decoder, Params
+
 GOLDENS = Path(__file__).parent / "goldens"
 FAMILIES = ("gemma2", "gemma3", "gemma3_text", "llama", "llama3", "mistral", "qwen2", "qwen3")
+
+# Adapters that goldens/make_peft_goldens.py gave to PEFT, at this scale of the dial: between two whole numbers.
+PEFT_ADAPTERS = {
+    "llama": AdapterConfig(rank=2, alpha=6.0),
+    "llama3": AdapterConfig(rank=3, alpha=6.0, targets=("attn", "head")),
+    "gemma3_text": AdapterConfig(rank=2, alpha=6.0),
+}
+PEFT_SCALE = 0.75
+
+
+def exact_adapter(module: Decoder, config: AdapterConfig) -> Params:
+    """An adapter whose numbers are small fractions with a denominator of 2048: the same wherever it is made."""
+    shapes = jax.eval_shape(lambda: init_adapter(module, config, jax.random.key(0)))
+    leaves, structure = jax.tree.flatten(shapes)
+    values = [
+        ((np.arange(leaf.size) * 7919 + 104_729 * place) % 1009 - 504) / 2048
+        for place, leaf in enumerate(leaves)
+    ]
+    arrays = [
+        jnp.asarray(value.reshape(leaf.shape), jnp.float32)
+        for value, leaf in zip(values, leaves, strict=True)
+    ]
+    return structure.unflatten(arrays)
 
 
 def answers(name: str) -> dict[str, np.ndarray]:

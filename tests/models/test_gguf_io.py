@@ -162,6 +162,13 @@ def test_a_llama_file_gives_the_logits_of_transformers(tmp_path):
     assert np.abs(np.asarray(model.logits(golden["tokens"])) - golden["logits"]).max() < 1e-5
 
 
+def test_kernels_in_8_bits_are_those_of_the_folder(tmp_path):
+    folder = load_model(GOLDENS / "llama", weights="int8")
+    file = read_gguf(write_gguf(tmp_path / "model.gguf", "llama", folder.spec))
+    params = read_gguf_params(file, Decoder(folder.spec), "int8")
+    jax.tree.map(np.testing.assert_array_equal, params, folder.params)
+
+
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1, Kind.Q5_0])
 def test_block_formats_are_dequantised(kind, tmp_path):
     model = load_model(GOLDENS / "llama")

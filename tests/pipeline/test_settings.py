@@ -172,6 +172,12 @@ def test_a_missing_field_is_named():
         ({"roles.proxy.prompt_style": "poem"}, "roles.proxy: prompt_style must be one of .*, got 'poem'"),
         ({"base_optimizer.name": "lion"}, "base_optimizer: optimizer 'lion' is not one of"),
         ({"calibration.steps": 0}, "calibration: steps must be at least 1"),
+        ({"roles.proxy.weights": "int4"}, r"roles.proxy: weights must be one of .*, got 'int4'"),
+        ({"students.bytes.weights": "int8"}, r"students.bytes.weights='int8': .* a student's are trained"),
+        (
+            {"roles.teacher.weights": "int8", "calibration.trainable": "params"},
+            "roles.teacher.weights='int8' with calibration.trainable='params': .* train an adapter",
+        ),
     ],
 )
 def test_settings_that_are_refused(changes, message):
@@ -274,6 +280,16 @@ def test_memory_by_hand():
         "logits of a chunk": 2 * 4 * 32 * 64 * 259 / 2,
         "logits of a chunk of reference scoring": 4 * 32 * 64 * 259 / 2,
     }
+    # In 8 bits: each kernel number one byte, each output channel of it four (4 projections and 3 matrices a layer).
+    kernels, channels = 4 * (4 * 96 * 96 + 3 * 96 * 256), 4 * (4 * 96 + 2 * 256 + 96)
+    small = settings(
+        "tiny", {"mesh": "data=2,fsdp=2,tensor=2", "dtype": "bfloat16", "roles.teacher.weights": "int8"}
+    )
+    assert (
+        calibration_memory(small)["teacher weights"] == ((teacher - kernels) * 2 + kernels + 4 * channels) / 4
+    )
+    assert calibration_memory(small)["proxy weights"] == memory["proxy weights"]
+    assert "M int8" in format_plan(small)
     scores = "attention scores of a micro-batch"
     for remat, layers in (("dots", 1), ("none", 4)):
         assert calibration_memory(dataclasses.replace(read, remat=remat))[scores] == layers * memory[scores]

@@ -54,6 +54,14 @@ def test_each_failure_costs_its_own_sample(caplog):
     assert [record.message.count("KeyError") for record in caplog.records] == [1]  # only the first is told
 
 
+def test_a_call_that_takes_too_much_memory_is_lost_and_counted(caplog):
+    function = LimitedFunction(f"{ODD}:misbehave", NAMES, workers=1, memory_bytes=1 << 30)
+    values = function(calls("x", "x", "memory", "x", "x"))
+    assert values == [1.0, 2.0, None, 1.0, 2.0]  # the call after it has a new process
+    assert function.failures == 1
+    assert "it needed more memory than memory_bytes=1073741824" in caplog.text
+
+
 def test_time_limit_works_in_a_thread():
     function = LimitedFunction(f"{ODD}:misbehave", NAMES, seconds=0.5)
     values = []
@@ -95,3 +103,5 @@ def test_functions_that_cannot_be_loaded(path, message):
 def test_bad_limits():
     with pytest.raises(ValueError, match="seconds must be above 0"):
         LimitedFunction(f"{ODD}:length", NAMES, seconds=0)
+    with pytest.raises(ValueError, match=r"memory_bytes must be at least 67108864.* got 1000"):
+        LimitedFunction(f"{ODD}:length", NAMES, memory_bytes=1000)

@@ -54,6 +54,10 @@ def test_function_of_the_user():
         reward(answered("abc", "x")), [4, 3]
     )  # prompt, ended and metadata are given too
     assert (reward.name, reward.failures) == ("mine", 0)
+    term = RewardTerm("function", source=f"{ODD}:misbehave", memory_bytes=1 << 30)
+    (reward,) = make_rewards([term])
+    np.testing.assert_array_equal(reward(answered("x", "memory")), np.array([1, np.nan], np.float32))
+    assert reward.failures == 1
     (reward,) = make_rewards([RewardTerm("function", source=f"{ODD}:misbehave")])
     np.testing.assert_array_equal(reward(answered("x", "raise")), np.array([1, np.nan], np.float32))
     assert reward.failures == 1
@@ -82,6 +86,10 @@ def test_reward_model_on_a_mesh(tmp_path, mesh_cube):
         ({"kind": "form"}, "one of marked, boxed, think or a regular expression; got nothing"),
         ({"kind": "form", "source": "("}, "neither one of .* nor a regular expression"),
         ({"kind": "form", "source": "boxed", "name": "a b"}, "must be one word"),
+        (
+            {"kind": "function", "source": "m:f", "memory_bytes": 4096},
+            "memory_bytes of the reward 'function' must be at least 67108864.* got 4096",
+        ),
     ],
 )
 def test_bad_terms(fields, message):
@@ -94,6 +102,7 @@ def test_bad_terms(fields, message):
     [
         ({"kind": "function", "source": "nowhere:f"}, "no module 'nowhere'"),
         ({"kind": "reward_model", "source": "nowhere"}, "no config.json in 'nowhere'"),
+        ({"kind": "reward_model", "source": "hf://nowhere"}, "is named hf://ORGANISATION/NAME"),
     ],
 )
 def test_a_source_is_looked_at_when_a_run_starts_and_not_when_its_config_is_read(fields, message):

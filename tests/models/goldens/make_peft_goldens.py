@@ -1,0 +1,58 @@
+"""Make the reference answers of PEFT for adapter folders that this project wrote. Run by hand, never by the tests.
+
+    PYTHONPATH=. python tests/models/goldens/make_peft_goldens.py write     with this project's own environment
+    python tests/models/goldens/make_peft_goldens.py answer                 with torch, transformers and peft
+
+`write` exports a small adapter on some of the models here as FAMILY/peft/{adapter_config.json,
+adapter_model.safetensors}; `answer` opens each by `peft` on its model and writes FAMILY/peft/golden.npz. A test holds
+an export of today to the committed folder tensor for tensor, so the answers are PEFT's answers to what is exported.
+
+The files here were made with Python 3.11, torch 2.13.0 (CPU), transformers 5.24.0, peft 0.21.2, in float64 with eager
+attention, after loading in float32.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+
+
+def write():
+    from distill_jax.models.model import load_model, save_model
+    from tests.models.small_models import PEFT_ADAPTERS, PEFT_SCALE, exact_adapter
+
+    for name, config in PEFT_ADAPTERS.items():
+        model = load_model(HERE / name)
+        folder = HERE / name / "peft"
+        shutil.rmtree(folder, ignore_errors=True)
+        adapter = exact_adapter(model.module, config)
+        save_model(model, folder, adapter, PEFT_SCALE, merge=False, adapter_config=config)
+
+
+def answer():
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for folder in sorted(HERE.glob("*/peft")):
+        base = AutoModelForCausalLM.from_pretrained(
+            folder.parent, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        tokens = np.load(folder.parent / "golden.npz")["tokens"]
+        batch = torch.tensor(tokens, dtype=torch.long)
+        with torch.no_grad():
+            without = base.double()(input_ids=batch, use_cache=False).logits.numpy()
+            model = PeftModel.from_pretrained(base, folder).eval().double()
+            logits = model(input_ids=batch, use_cache=False).logits.numpy()
+        np.savez_compressed(folder / "golden.npz", tokens=tokens, logits=logits.astype(np.float32))
+        moved = np.abs(logits - without).max()
+        print(f"{folder.parent.name}: logits std {logits.std():.2f}, moved by the adapter {moved:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("step", choices=("write", "answer"))
+    {"write": write, "answer": answer}[parser.parse_args().step]()
