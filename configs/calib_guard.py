@@ -85,7 +85,7 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config.budget_curve = "short"  # "full": larger student budgets with one seed
     config.mesh = "data=-1"  # sizes of data, fsdp, tensor; -1 is the rest of the devices
     config.dtype = "float32"  # of weights and computation
-    config.at_once = 1  # base models, arms or cells of students that are trained side by side
+    config.at_once = 1  # base models, arms, cells, positions: how many are worked on side by side
     config.remat = "dots"  # "none", "dots" or "full": what the backward pass computes again
     config.eta = config_dict.ConfigDict(ETA)
     config.attacks = "none"  # "tier1", or ids such as "A1,A3": see configs/attack.py
@@ -93,6 +93,7 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config.probes = "none"  # "all", or names such as "gap,decoding"
     config.probe_suite = to_config(ProbeSuite())
     config.dial = to_config(DialConfig())  # off while it names no arm
+    config.proxies = config_dict.ConfigDict()  # beside roles.proxy, used with calibration.ensemble alone
     config.bpe_vocab_size = 512  # at most; of BPE tokenizers that are trained in the run
     config.base_optimizer = to_config(OptimizerConfig("muon", 0.01, warmup_steps=20, weight_decay=0.05))
     smoke = pairs[pair](config)
@@ -175,6 +176,8 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         floor_patience=8,  # accuracy dips while the style changes, and comes back
         rollouts_every=10,
         checkpoint_every=10,
+        # For --config.calibration.proxy=learning: as the students learn, for a part of their steps.
+        proxy_optimizer=OptimizerConfig("muon", 0.005, 5, weight_decay=0.05),
     )
     distillation = Distillation(
         samples=2048,
@@ -187,6 +190,9 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         long_budgets=(4.0, 8.0),
     )
     _fill(config, {"teacher": teacher, "proxy": proxy}, students, calibration, distillation, Evaluation())
+    # For --config.calibration.ensemble=min (or mean, max): the same small model with the other kind of tokenizer.
+    further = Role("train", spec(2, 32, 2, 86), "bpe", prompt_style="raw", seed=4, **small)
+    config.proxies = to_config({"bpe": further})
     config.at_once = 2  # each of these steps fills one core
     config.probes = "all"
     config.probe_suite.frequent = 5  # of a vocabulary of a few dozen tokens that occur
@@ -198,6 +204,7 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         # Enough to write text; less, and the bytes of a sample are no text that the proxy could read.
         "roles.teacher.phases": to_config((Phase(150, 0.01, mix, (4, 6), 32),)),
         "roles.proxy.phases": short,
+        "proxies.bpe.phases": short,
         "students.bytes.phases": short,
         "students.bpe.phases": short,
         "calibration.steps": 2,

@@ -15,9 +15,10 @@ from distill_jax.models.adapter import adapter_scale, init_adapter
 from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
 from distill_jax.pipeline.at_once import run_at_once
-from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.prepare import further_proxies, load_role
 from distill_jax.pipeline.settings import Settings
 from distill_jax.rft.calibrate import calibrate
+from distill_jax.rft.proxies import Proxy
 from distill_jax.tasks import Task, chain_arithmetic, get_task
 from distill_jax.tasks.base import MeshTask
 
@@ -45,13 +46,21 @@ def style_of(settings: Settings, completion: str) -> str | None:
     return chain_arithmetic.style_of(completion) if settings.task == "chain_arithmetic" else None
 
 
+def load_proxies(settings: Settings, mesh: Mesh, workdir: Path) -> list[Proxy]:
+    """What `calibrate` takes as its proxies: roles.proxy, and with `calibration.ensemble` all of `proxies`."""
+    roles = {"proxy": settings.roles["proxy"], **further_proxies(settings)}
+    return [
+        Proxy(name, load_role(settings, mesh, workdir, name), role.prompt_style)
+        for name, role in roles.items()
+    ]
+
+
 def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     """Calibrates every arm that is not finished yet."""
     waiting = [arm for arm in settings.eta if not (workdir / "arms" / arm / "calibration.json").exists()]
     if not waiting:
         return
-    teacher = load_role(settings, mesh, workdir, "teacher")
-    proxy = load_role(settings, mesh, workdir, "proxy")
+    teacher, proxies = load_role(settings, mesh, workdir, "teacher"), load_proxies(settings, mesh, workdir)
     config = dataclasses.replace(
         settings.calibration,
         prompt_style=settings.roles["teacher"].prompt_style,
@@ -61,7 +70,7 @@ def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     def run(arm: str) -> None:
         result = calibrate(
             teacher,
-            proxy,
+            proxies,
             make_task(settings, mesh),
             arm,
             settings.eta[arm],
@@ -70,10 +79,17 @@ def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
             seed=settings.seed,
             style_of=lambda text: style_of(settings, text),
         )
+        before, after = result.original, result.best
+        learned = ""
+        if before.gap_per_byte_learning is not None and after.gap_per_byte_learning is not None:
+            learned = (
+                f" (after learning {before.gap_per_byte_learning:.3f} -> {after.gap_per_byte_learning:.3f}; the best "
+                f"by the {config.judged_by} proxy)"
+            )
         print(
             f"calibrate/{arm}: best after step {result.best_step} of {result.steps} (stopped: {result.stopped}), "
-            f"gap {result.original.gap_per_byte:.3f} -> {result.best.gap_per_byte:.3f} nats a byte, greedy accuracy "
-            f"{result.original.accuracy:.3f} -> {result.best.accuracy:.3f}",
+            f"gap {before.gap_per_byte:.3f} -> {after.gap_per_byte:.3f} nats a byte{learned}, greedy accuracy "
+            f"{before.accuracy:.3f} -> {after.accuracy:.3f}",
             flush=True,
         )
 
@@ -93,6 +109,11 @@ def load_arm(settings: Settings, workdir: Path, teacher: Model, name: str) -> Ar
         raise FileNotFoundError(
             f"arm {name!r} is not calibrated in {workdir}; run the stage 'calibrate' first"
         )
+    return load_calibrated(settings, folder, teacher, name)
+
+
+def load_calibrated(settings: Settings, folder: Path, teacher: Model, name: str) -> Arm:
+    """The teacher that `calibrate` left in a folder."""
     config = settings.calibration
     if config.trainable == "params":
         params = load_tree(folder / "adapter", teacher.params)

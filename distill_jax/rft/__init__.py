@@ -7,11 +7,15 @@ from types import ModuleType
 
 _MODULES = (
     "advantages",
+    "answer_utility",
     "calibrate",
     "calibration",
     "config",
+    "judgement",
     "losses",
     "micro_batches",
+    "proxies",
+    "proxy_training",
     "rewards",
     "rollout",
     "rollout_log",

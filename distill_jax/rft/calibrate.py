@@ -26,17 +26,20 @@ from distill_jax.models.decoder import Params, param_axes
 from distill_jax.models.model import Model
 from distill_jax.optimizer import make_optimizer
 from distill_jax.rewards.terms import Reward, make_rewards
+from distill_jax.rft.answer_utility import require_answer_mark
 from distill_jax.rft.config import CalibrationConfig, check_arm
-from distill_jax.rft.rollout import Judgement, Rollouts, Scored, judge, sample_batch, score_rollouts
+from distill_jax.rft.judgement import Judgement, judge
+from distill_jax.rft.proxies import Proxy, as_proxies
+from distill_jax.rft.proxy_training import Learners, ProxyState
+from distill_jax.rft.rollout import Rollouts, Scored, check_prompts, sample_batch, score_rollouts
 from distill_jax.rft.rollout_log import RolloutLog
 from distill_jax.rft.step import RftBatch, RftState, RftStep, init_rft_state, make_rft_step
-from distill_jax.rft.texts import encode_prompts, require_tokenizer
 from distill_jax.rft.validation import Validation, sampling_config, validate
-from distill_jax.sampling import make_sampler
+from distill_jax.sampling import RolloutBatch, make_sampler
 from distill_jax.tasks.base import Problem, Task
 
 # Purposes of random numbers: fold_in(seed's key, purpose), then fold_in(that, step).
-_ADAPTER, _ROLLOUTS, _VALIDATION = 0, 1, 2
+_ADAPTER, _ROLLOUTS, _VALIDATION, _ORIGINAL_ROLLOUTS = 0, 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class _Record:
 
 def calibrate(
     teacher: Model,
-    proxy: Model,
+    proxy: Model | Sequence[Proxy],
     task: Task,
     arm: str,
     eta: float,
@@ -103,8 +106,10 @@ def calibrate(
 
     Args:
       teacher: the model to calibrate; its parameters are the reference and are not changed.
-      proxy: the frozen small model.
-      task: prompts and verifier; its "train" and "validation" splits are used.
+      proxy: the small model, or with `config.ensemble` several `Proxy`s; what was given is not changed, though a
+        copy of it may learn (`config.proxy`).
+      task: prompts and verifier; its "train" and "validation" splits are used. With `config.answer_utility` it needs
+        an attribute `answer_mark`, the text before its answers.
       arm: "control", "distillable" or "undistillable".
       eta: weight of the calibration reward; 0 for "control", positive for the others.
       config: see `CalibrationConfig`.
@@ -116,19 +121,22 @@ def calibrate(
 
     Raises:
       ValueError: arm and eta that contradict each other; more texts that the proxy cannot score than
-        `config.unscorable_limit`; what the models, the task and the tokenizers raise.
+        `config.unscorable_limit`; proxies that do not go with `config.ensemble`, an answer utility for a task without
+        answers; what the models, the task and the tokenizers raise.
     """
     check_arm(arm, eta)
     run = _Run.make(teacher, proxy, task, arm, eta, config, Path(directory), seed)
     with Checkpointer(run.directory / "checkpoints") as checkpointer:
         resumed = checkpointer.latest_step()
         if resumed is None:
-            start, state, best, record = 0, run.initial, run.initial.trainable, run.begin()
-            best = jax.tree.map(jnp.copy, best)
+            start, state, best, proxies = 0, run.initial, run.initial.trainable, run.begin_proxies()
+            record, best = run.begin(proxies), jax.tree.map(jnp.copy, best)
         else:
-            abstract = {"state": run.initial, "best": run.initial.trainable, "key": run.key}
+            proxies = run.learners.begin()
+            abstract = _checkpoint(run.initial, run.initial.trainable, run.key, proxies)
             start, saved, meta = checkpointer.restore(abstract)
             state, best, record = saved["state"], saved["best"], _Record.from_meta(meta)
+            proxies = tuple(saved.get("proxies", ()))
             run = dataclasses.replace(run, key=saved["key"])
         with (
             MetricWriter(run.directory, resume_step=resumed) as writer,
@@ -140,10 +148,12 @@ def calibrate(
             for step in range(start, config.steps):
                 if record.stopped:
                     break
-                state, metrics, batch = run.update(state, step)
+                state, metrics, batch = run.update(state, proxies, step)
                 done = step + 1
+                proxies, learned = run.learners.step(proxies, *batch[:2], seed, done)
+                metrics |= learned
                 if done % config.validation_every == 0 or done == config.steps:
-                    validation = run.validate(state.trainable)
+                    validation = run.validate(state.trainable, proxies)
                     metrics |= validation.metrics()
                     if run.review(record, validation, done):
                         best = jax.tree.map(jnp.copy, state.trainable)
@@ -154,7 +164,7 @@ def calibrate(
                     log.write(done, *batch, config.rollouts_kept, style_of)
                 writer.write(done, metrics)
                 if done % config.checkpoint_every == 0 or record.stopped:
-                    tree = {"state": state, "best": best, "key": run.key}
+                    tree = _checkpoint(state, best, run.key, proxies)
                     checkpointer.save(done, tree, record.to_meta() | {"data_position": done})
                 shown = ("reward_task", "gap_per_byte", "kl_k3", "span_coverage", "validation_accuracy")
                 bar.update(1, **{name: metrics[name] for name in shown if name in metrics})
@@ -172,27 +182,20 @@ def calibrate(
     save_tree(run.directory / "adapter", best, overwrite=True)
     summary = {name: getattr(result, name) for name in ("best_step", "steps", "stopped")}
     validations = {name: dataclasses.asdict(getattr(result, name)) for name in ("best", "original")}
+    # Which gap chose the best checkpoint, and so what `best` was compared by.
+    summary["best_by"] = config.judged_by
     write_json(
         run.directory / "calibration.json", {"arm": arm, "eta": eta, "seed": seed, **summary, **validations}
     )
     return result
 
 
-def check_prompts(teacher: Model, problems: Sequence[Problem], config: CalibrationConfig) -> None:
-    """Raises ValueError when the prompt of a problem is longer than the largest size there is for it."""
-    questions = [problem.prompt for problem in problems]
-    prompts = encode_prompts(
-        require_tokenizer(teacher, "the teacher"), questions, config.prompt_style, config.system
-    )
-    lengths = [len(prompt) for prompt in prompts]
-    largest, longest = max(config.prompt_sizes), max(lengths, default=0)
-    if longest > largest:
-        over = sum(length > largest for length in lengths)
-        raise ValueError(
-            f"{over} of {len(lengths)} prompts are longer than the largest of prompt_sizes={config.prompt_sizes}, the "
-            f"longest has {longest} tokens: {questions[lengths.index(longest)][:80]!r}...; give a larger size, or "
-            "leave long questions out (the option max_prompt_bytes of tasks that read data sets)"
-        )
+def _checkpoint(
+    state: RftState, best: Params, key: jax.Array, proxies: tuple[ProxyState, ...]
+) -> dict[str, Any]:
+    """The tree of a checkpoint; proxies that do not learn are not in it."""
+    tree = {"state": state, "best": best, "key": key}
+    return tree | ({"proxies": proxies} if proxies else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,13 +203,16 @@ class _Run:
     """What stays the same during a run."""
 
     teacher: Model
-    proxy: Model
+    proxies: tuple[Proxy, ...]
+    learners: Learners
+    answer_mark: str | None
     task: Task
     arm: str
     eta: float
     config: CalibrationConfig
     directory: Path
     key: jax.Array
+    seed: int
     step: RftStep
     scale: float
     initial: RftState
@@ -218,7 +224,7 @@ class _Run:
     def make(
         cls,
         teacher: Model,
-        proxy: Model,
+        proxy: Model | Sequence[Proxy],
         task: Task,
         arm: str,
         eta: float,
@@ -246,15 +252,19 @@ class _Run:
         problems = task.problems("train", config.train_problems, seed)
         validation_problems = task.problems("validation", config.validation_problems, seed)
         check_prompts(teacher, [*problems, *validation_problems], config)
+        proxies = as_proxies(proxy, config)
         return cls(
             teacher=teacher,
-            proxy=proxy,
+            proxies=proxies,
+            learners=Learners.make(proxies, config),
+            answer_mark=require_answer_mark(task, problems) if config.answer_utility else None,
             task=task,
             arm=arm,
             eta=eta,
             config=config,
             directory=directory,
             key=key,
+            seed=seed,
             step=step,
             scale=scale,
             initial=init_rft_state(trainable, optimizer),
@@ -269,9 +279,24 @@ class _Run:
             return self.teacher.params, trainable, self.scale
         return trainable, None, 1.0
 
-    def begin(self) -> _Record:
+    def begin_proxies(self) -> tuple[ProxyState, ...]:
+        """Learning proxies after their first training, on what the original teacher writes; () without any.
+
+        Without it the original would be measured against proxies that have seen nothing, and no checkpoint could
+        compare with it.
+        """
+        states = self.learners.begin()
+        if not states:
+            return ()
+        rows = self.config.prompts_per_step * self.config.rft.num_samples
+        for index in range(-(-self.config.proxy_buffer // rows)):
+            batch, _ = self.rollouts(self.initial.trainable, self.proxies, index, _ORIGINAL_ROLLOUTS)
+            states = self.learners.observe(states, *batch)
+        return self.learners.train(states, self.seed, 0)[0]
+
+    def begin(self, states: tuple[ProxyState, ...]) -> _Record:
         """Validates the original teacher, and refuses texts that the proxy cannot score."""
-        original = self.validate(self.initial.trainable)
+        original = self.validate(self.initial.trainable, states)
         unscorable, limit = original.not_same_bytes + original.does_not_fit, self.config.unscorable_limit
         if unscorable > limit:
             raise ValueError(
@@ -282,12 +307,13 @@ class _Run:
                 f"proxy_completion_sizes={self.config.proxy_completion_sizes}; "
                 "choose another proxy, or larger sizes"
             )
-        return _Record(original, original, highest=original.objective(self.arm))
+        return _Record(original, original, highest=original.objective(self.arm, self.config.judged_by))
 
-    def validate(self, trainable: Params) -> Validation:
+    def validate(self, trainable: Params, states: tuple[ProxyState, ...]) -> Validation:
         return validate(
             self.teacher,
-            self.proxy,
+            self.proxies,
+            self.learners.now(states),
             self.task,
             self.validation_problems,
             self.config,
@@ -295,20 +321,36 @@ class _Run:
             *self.policy(trainable),
         )
 
+    def rollouts(
+        self, trainable: Params, proxies: tuple[Proxy, ...], step: int, purpose: int
+    ) -> tuple[tuple[Rollouts, Scored], RolloutBatch]:
+        """Rollouts for the prompts of a step, read and scored."""
+        config, teacher, problems = self.config, self.teacher, self.batches[step]
+        sampler = make_sampler(
+            teacher.module, sampling_config(teacher, config, config.rft.num_samples), config.prompt_sizes
+        )
+        key = jax.random.fold_in(jax.random.fold_in(self.key, purpose), step)
+        batch = sample_batch(sampler, teacher, problems, key, config, *self.policy(trainable))
+        read = score_rollouts(
+            teacher,
+            proxies,
+            self.task,
+            problems,
+            batch,
+            config,
+            rewards=self.rewards,
+            answer_mark=self.answer_mark,
+        )
+        return read, batch
+
     def update(
-        self, state: RftState, step: int
+        self, state: RftState, proxies: tuple[ProxyState, ...], step: int
     ) -> tuple[RftState, dict[str, float], tuple[Rollouts, Scored, Judgement]]:
         """One batch of rollouts and the updates on it."""
         started = time.monotonic()
         config, teacher = self.config, self.teacher
-        problems = self.batches[step]
-        sampler = make_sampler(
-            teacher.module, sampling_config(teacher, config, config.rft.num_samples), config.prompt_sizes
-        )
-        key = jax.random.fold_in(jax.random.fold_in(self.key, _ROLLOUTS), step)
-        batch = sample_batch(sampler, teacher, problems, key, config, *self.policy(state.trainable))
-        rollouts, scored = score_rollouts(
-            teacher, self.proxy, self.task, problems, batch, config, rewards=self.rewards
+        (rollouts, scored), batch = self.rollouts(
+            state.trainable, self.learners.now(proxies) or self.proxies, step, _ROLLOUTS
         )
         judgement = judge(rollouts, scored, config, self.arm, self.eta)
         rft_batch = RftBatch(batch.sequences, judgement.advantages, scored.lp_reference, batch.lp)
@@ -326,14 +368,17 @@ class _Run:
 
     def review(self, record: _Record, validation: Validation, done: int) -> bool:
         """Updates the counters of the guards; True if this is the policy to keep."""
-        config, objective = self.config, validation.objective(self.arm)
+        config = self.config
+        objective = validation.objective(self.arm, config.judged_by)
         above = validation.accuracy >= record.original.accuracy - config.utility_floor - 1e-9
         record.below_floor = 0 if above else record.below_floor + 1
         rose = objective >= record.highest + config.min_improvement
         record.without_rise = 0 if rose else record.without_rise + 1
         record.highest = max(record.highest, objective)
         # The control is there to have had the same fine-tuning, so it is the last policy above the floor, not the best.
-        better = above and (self.arm == "control" or objective > record.best.objective(self.arm))
+        better = above and (
+            self.arm == "control" or objective > record.best.objective(self.arm, config.judged_by)
+        )
         if better:
             record.best, record.best_step = validation, done
         return better

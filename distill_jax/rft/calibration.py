@@ -5,13 +5,14 @@
              +gap(y)   undistillable       pays for text easy for the teacher and surprising to the proxy
 
 Source: Distillation Traps and Guards (arXiv 2604.18963). Beyond the paper: units, the gate on correctness,
-and credit by span. Everything returned is a constant for differentiation: the reward ranks rollouts, it is
-not differentiated.
+credit by span, and ensembles of proxies. Everything returned is a constant for differentiation: the reward ranks
+rollouts, it is not differentiated.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from distill_jax.text.spans import Spans, span_logprobs
 
 SIGN = {"distillable": -1.0, "undistillable": 1.0}
 UNITS = ("per_byte", "per_token", "sum")
+ENSEMBLES = ("mean", "min", "max")
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +139,39 @@ def calibration_reward(
     width = jnp.where(spans.valid & (size is not None), spans.bytes.astype(jnp.float32), 0.0)
     share = width / jnp.maximum(width.sum(axis=1, keepdims=True), 1.0)
     return reward, SpanTerms(jnp.where(spans.valid, terms, 0.0), share)
+
+
+def proxy_weights(gaps: ArrayLike, ensemble: str | None) -> jax.Array:
+    """How much each of K proxies counts in each row, f32[K, B]; a column sums to 1.
+
+    "mean": all alike. "min": the proxy with the smallest gap, the one that finds the text easiest: in the
+    undistillable mode that is the attacker's best model, so only text that is hard for all of them pays. "max": the
+    proxy with the largest gap: in the distillable mode only text that is easy for all of them pays. Of equal gaps the
+    first counts.
+
+    Args:
+      gaps: f32[K, B], see `likelihood_gap`.
+      ensemble: one of `ENSEMBLES`; None is the one proxy alone.
+
+    Raises:
+      ValueError: an unknown ensemble, or none for several proxies.
+    """
+    gaps = jnp.asarray(gaps, jnp.float32)
+    count = gaps.shape[0]
+    if ensemble not in (*ENSEMBLES, None) or (ensemble is None and count != 1):
+        raise ValueError(f"ensemble of {count} proxies must be one of {ENSEMBLES}, got {ensemble!r}")
+    if ensemble in (None, "mean"):
+        return jnp.full(gaps.shape, 1.0 / count)
+    chosen = gaps.argmin(axis=0) if ensemble == "min" else gaps.argmax(axis=0)
+    return jax.nn.one_hot(chosen, count, axis=0)
+
+
+def weigh_proxies(values: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
+    """sum_k weights[k] * values[k], of K arrays f32[B] or f32[B, T]; of one proxy its own values."""
+    if len(values) == 1:
+        return values[0]
+    stacked = jnp.stack(values)
+    return (jnp.expand_dims(weights, tuple(range(2, stacked.ndim))) * stacked).sum(axis=0)
 
 
 def gate_within_correct(

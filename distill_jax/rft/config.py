@@ -8,14 +8,16 @@ from distill_jax.models.adapter import AdapterConfig
 from distill_jax.optimizer import OptimizerConfig
 from distill_jax.rewards.terms import RewardTerm, check_terms
 from distill_jax.rft.advantages import SCALES
-from distill_jax.rft.calibration import UNITS
+from distill_jax.rft.calibration import ENSEMBLES, UNITS
 from distill_jax.rft.step import TRAINABLE, RftConfig
 from distill_jax.rft.texts import PROMPT_STYLES
 
 ARMS = ("control", "distillable", "undistillable")
+PROXIES = ("static", "learning")
 DEFAULT_RFT = RftConfig()
 DEFAULT_ADAPTER = AdapterConfig(rank=8, alpha=16.0)
 DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, final_fraction=0.1)
+DEFAULT_PROXY_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, final_fraction=0.1)
 # Which division of the group's deviations belongs to an algorithm.
 _SCALE_OF = {"dr_grpo": "none", "rloo": "leave_one_out"}
 
@@ -44,6 +46,21 @@ class CalibrationConfig:
       calibration_floor: smallest deviation of the calibration reward that is divided by, in its units.
       whiten: whiten the summed advantages over the batch.
       rewards: beside the task's own, each normalised by itself and added with its weight.
+
+      proxy: "static": the proxy stays as it was given. "learning": before the first update and every proxy_every
+        steps it is trained on what the teacher writes now, as an attacker would, so that the calibration reward pays
+        only for text that stays costly after learning; see `proxy_training`.
+      proxy_steps, proxy_batch, proxy_optimizer: such a training; batches of rows.
+      proxy_restart: each training starts from the given proxy (a best response from scratch), or goes on.
+      proxy_buffer: newest rollouts, in rows, that it is trained on.
+      proxy_rollouts: "all" of them, or the "correct" ones.
+      best_by: the proxies whose gap chooses the best checkpoint, "static" or "learning"; None: those that pay, see
+        `judged_by`.
+      ensemble: with several proxies, how their gaps (each in its own tokens) make one, see
+        `calibration.proxy_weights`; None: there is one proxy.
+      answer_utility: weight of the answer-utility reward, see `answer_utility`; 0: it is not computed. Normalised in
+        its group by itself, ranked within the correct rollouts if the gap is; logged and not added in the control arm.
+      answer_floor: smallest deviation of it that is divided by, in nats a byte.
 
       prompt_style, proxy_prompt_style, system: see `texts.encode_prompts`.
       prompt_sizes, completion_size: slots of the teacher's prompts (buckets) and completions.
@@ -89,6 +106,19 @@ class CalibrationConfig:
     whiten: bool = False
     rewards: tuple[RewardTerm, ...] = ()
 
+    proxy: str = "static"
+    proxy_every: int = 5
+    proxy_steps: int = 100
+    proxy_batch: int = 64
+    proxy_optimizer: OptimizerConfig = DEFAULT_PROXY_OPTIMIZER
+    proxy_restart: bool = True
+    proxy_buffer: int = 512
+    proxy_rollouts: str = "all"
+    best_by: str | None = None
+    ensemble: str | None = None
+    answer_utility: float = 0.0
+    answer_floor: float = 0.1
+
     prompt_style: str = "auto"
     proxy_prompt_style: str = "auto"
     system: str | None = None
@@ -130,7 +160,7 @@ class CalibrationConfig:
         for name in ("unscorable_limit", "utility_floor", "correct_at"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share and must be in [0, 1], got {getattr(self, name)}")
-        for name in ("calibration_floor", "advantage_eps", "entropy_floor", "min_improvement"):
+        for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.length_ceiling is not None and not self.length_ceiling > 1:
@@ -139,6 +169,12 @@ class CalibrationConfig:
             )
         if self.credit == "span" and (self.whiten or self.units == "per_token"):
             raise ValueError("credit='span' works with units 'per_byte' or 'sum' and without whitening")
+        if self.best_by == "learning" and self.proxy != "learning":
+            raise ValueError("best_by='learning' needs proxy='learning': a static proxy has no other gap")
+        if self.ensemble is not None and self.units == "per_token":
+            raise ValueError(
+                "an ensemble compares proxies that may have other tokenizers; use units 'per_byte' or 'sum'"
+            )
         if self.advantage_eps == 0 and self.advantage_scale in (None, "std"):
             raise ValueError(
                 "advantage_eps must be positive: groups in which all rewards are equal divide by it"
@@ -160,6 +196,11 @@ class CalibrationConfig:
         """`advantage_scale`, or what the algorithm asks for."""
         return self.advantage_scale or _SCALE_OF.get(self.rft.algorithm, "std")
 
+    @property
+    def judged_by(self) -> str:
+        """`best_by`, or the kind of proxy that pays: "static" or "learning"."""
+        return self.best_by or self.proxy
+
 
 _POSITIVE = (
     "steps",
@@ -175,6 +216,18 @@ _POSITIVE = (
     "rollouts_every",
     "rollouts_kept",
     "checkpoint_every",
+    "proxy_every",
+    "proxy_steps",
+    "proxy_batch",
+    "proxy_buffer",
+)
+_NOT_NEGATIVE = (
+    "calibration_floor",
+    "advantage_eps",
+    "entropy_floor",
+    "min_improvement",
+    "answer_utility",
+    "answer_floor",
 )
 _CHOICES: dict[str, tuple[object, ...]] = {
     "trainable": TRAINABLE,
@@ -183,6 +236,10 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "credit": ("sequence", "span"),
     "advantage_scale": (None, *SCALES),
     "advantage_ddof": (0, 1),
+    "proxy": PROXIES,
+    "proxy_rollouts": ("all", "correct"),
+    "best_by": (None, *PROXIES),
+    "ensemble": (None, *ENSEMBLES),
     "prompt_style": PROMPT_STYLES,
     "proxy_prompt_style": PROMPT_STYLES,
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_jax.rft.rollout import Judgement, Rollouts, Scored
+from distill_jax.rft.judgement import Judgement
+from distill_jax.rft.rollout import Rollouts, Scored
 
 
 class RolloutLog:

@@ -138,15 +138,40 @@ def init_rft_state(trainable: Params, optimizer: optax.GradientTransformation) -
     # An array that is bound to its device and one that is not are two compilations, so all are bound.
     mesh = first.sharding.mesh if isinstance(first.sharding, NamedSharding) else None
     everywhere = first.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
+    opt_state = _map_moments(
         optimizer,
         lambda moment, leaf: jax.device_put(moment, leaf.sharding),
         state.opt_state,
         trainable,
-        transform_non_params=lambda leaf: jax.device_put(leaf, everywhere),
+        lambda leaf: jax.device_put(leaf, everywhere),
     )
     step, skipped = jax.device_put((state.step, state.skipped), everywhere)
     return RftState(step, trainable, opt_state, skipped)
+
+
+def _map_moments(
+    optimizer: optax.GradientTransformation,
+    function: Callable[[jax.Array, Any], jax.Array],
+    opt_state: Any,
+    tree: Any,
+    function_of_rest: Callable[[jax.Array], jax.Array],
+) -> Any:
+    """`function(moment, leaf)` of every moment and its leaf of `tree`, `function_of_rest` of every other array.
+
+    An optimizer with two rules (muon and Adam) keeps holes where the leaf belongs to the other rule; they stay.
+    """
+
+    def is_hole(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return optax.tree.map_params(
+        optimizer,
+        lambda moment, leaf: moment if is_hole(moment) else function(moment, leaf),
+        opt_state,
+        tree,
+        transform_non_params=lambda leaf: leaf if is_hole(leaf) else function_of_rest(leaf),
+        is_leaf=is_hole,
+    )
 
 
 def rft_gradients(
@@ -244,6 +269,74 @@ def _loss_and_sums(
     return total, count, sums, jnp.where(mask, fixed_ratio, -jnp.inf).max()
 
 
+Update = Callable[[RftState, Params, jax.Array], tuple[RftState, jax.Array]]
+
+
+def make_update(
+    module: Decoder, optimizer: optax.GradientTransformation, axes: Params | None = None
+) -> Update:
+    """Makes `(state, gradient, loss) -> (new state, norm of the gradient)`, to be called inside a jitted step.
+
+    An update whose loss or gradient is not finite is left out and counted in `skipped`.
+
+    Args:
+      module: its mesh is where the state lies.
+      optimizer: clips the gradient itself; the norm is that before.
+      axes: logical axes of the trainable tree. With them the new state is held to the shardings that they say, so that
+        the second step runs the first one's compilation. Needed on a mesh of more than one device.
+
+    Raises:
+      ValueError: a mesh of more than one device without axes.
+    """
+    if module.mesh is not None and module.mesh.size > 1 and axes is None:
+        raise ValueError("on a mesh of more than one device give axes=adapter_axes(...) or param_axes(...)")
+
+    shardings: Params | None = None
+    everywhere: NamedSharding | None = None
+    if module.mesh is not None and axes is not None:
+        place = functools.partial(named_sharding, module.mesh)
+        shardings = jax.tree.map(place, axes, is_leaf=lambda names: isinstance(names, tuple))
+        everywhere = place(())
+
+    def hold(tree: Params) -> Params:
+        """Keeps each leaf where `axes` put it; without a mesh the tree goes through unchanged."""
+        if shardings is None:
+            return tree
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
+
+    def hold_optimizer(opt_state: Any) -> Any:
+        """The same for the optimizer's moments, which have the shapes of the trainable tree."""
+        if shardings is None:
+            return opt_state
+        return _map_moments(
+            optimizer,
+            jax.lax.with_sharding_constraint,
+            opt_state,
+            shardings,
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere),
+        )
+
+    def update(state: RftState, gradient: Params, loss: jax.Array) -> tuple[RftState, jax.Array]:
+        gradient = hold(gradient)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+        updated = optax.apply_updates(state.trainable, updates)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new = RftState(
+            step=state.step + 1,
+            trainable=hold(keep(updated, state.trainable)),
+            opt_state=hold_optimizer(keep(opt_state, state.opt_state)),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+        return new, norm
+
+    return update
+
+
 def make_rft_step(
     module: Decoder,
     config: RftConfig,
@@ -266,9 +359,7 @@ def make_rft_step(
       trainable: "adapter": state.trainable is a low-rank adapter on frozen `params`. "params": it is all
         parameters, and the step's `params` argument is ignored and may be None.
       scale: factor of the adapter's product (`adapter_scale`); 1 for "params".
-      axes: logical axes of the trainable tree (`adapter_axes`, `param_axes`). With them the new state is held
-        to the shardings that they say, so that the second step runs the first one's compilation. Needed on a
-        mesh of more than one device.
+      axes: logical axes of the trainable tree (`adapter_axes`, `param_axes`), see `make_update`.
 
     Returns:
       The step. Metrics are f32[]: those of `rft_gradients`, and grad_norm, skipped_steps (in total so far).
@@ -280,33 +371,7 @@ def make_rft_step(
         raise ValueError(f"trainable must be one of {TRAINABLE}, got {trainable!r}")
     if trainable == "params" and scale != 1.0:
         raise ValueError(f"scale={scale} belongs to an adapter; with trainable='params' it must be 1")
-    if module.mesh is not None and module.mesh.size > 1 and axes is None:
-        raise ValueError("on a mesh of more than one device give axes=adapter_axes(...) or param_axes(...)")
-
-    shardings: Params | None = None
-    everywhere: NamedSharding | None = None
-    if module.mesh is not None and axes is not None:
-        place = functools.partial(named_sharding, module.mesh)
-        shardings = jax.tree.map(place, axes, is_leaf=lambda names: isinstance(names, tuple))
-        everywhere = place(())
-
-    def hold(tree: Params) -> Params:
-        """Keeps each leaf where `axes` put it; without a mesh the tree goes through unchanged."""
-        if shardings is None:
-            return tree
-        return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
-
-    def hold_optimizer(opt_state: Any) -> Any:
-        """The same for the optimizer's moments, which have the shapes of the trainable tree."""
-        if shardings is None:
-            return opt_state
-        return optax.tree.map_params(
-            optimizer,
-            jax.lax.with_sharding_constraint,
-            opt_state,
-            shardings,
-            transform_non_params=lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere),
-        )
+    update = make_update(module, optimizer, axes)
 
     def step(
         state: RftState, params: Params | None, batch: RftBatch
@@ -314,21 +379,7 @@ def make_rft_step(
         gradient, metrics = rft_gradients(
             module, config, state.trainable, params, batch, trainable=trainable, scale=scale
         )
-        gradient = hold(gradient)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-        updated = optax.apply_updates(state.trainable, updates)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        new = RftState(
-            step=state.step + 1,
-            trainable=hold(keep(updated, state.trainable)),
-            opt_state=hold_optimizer(keep(opt_state, state.opt_state)),
-            skipped=state.skipped + (~finite).astype(jnp.int32),
-        )
+        new, norm = update(state, gradient, metrics["loss"])
         return new, {**metrics, "grad_norm": norm, "skipped_steps": new.skipped.astype(jnp.float32)}
 
     return jax.jit(step, donate_argnums=0)

@@ -10,16 +10,18 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
-from distill_jax.rft.calibration import SIGN, likelihood_gap
+from distill_jax.rft.calibration import SIGN, likelihood_gap, proxy_weights, weigh_proxies
 from distill_jax.rft.config import CalibrationConfig
+from distill_jax.rft.proxies import Proxy, score_encoded
 from distill_jax.rft.rewards import task_rewards
-from distill_jax.rft.rollout import read_rollouts, sample_batch, score_rollouts
+from distill_jax.rft.rollout import Scored, read_rollouts, sample_batch, score_rollouts
 from distill_jax.rft.texts import require_tokenizer
-from distill_jax.sampling import Sampler, SamplingConfig, make_sampler
+from distill_jax.sampling import RolloutBatch, Sampler, SamplingConfig, make_sampler
 from distill_jax.tasks.base import Problem, Task
 
 
@@ -30,9 +32,12 @@ class Validation:
     Attributes:
       accuracy: share correct, greedy decoding.
       accuracy_sampled, reward_sampled: share correct and mean task reward, one sample a problem.
-      gap, gap_per_byte: of the samples that could be scored, in the units of the config and in nats a byte.
+      gap, gap_per_byte: of the samples that could be scored, in the units of the config and in nats a byte;
+        against the proxies as they were given, so that it means the same in every run and at every step.
       completion_bytes: of the samples.
       not_same_bytes, does_not_fit: share of samples that could not be scored, and why.
+      gap_learning, gap_per_byte_learning: the same gaps against the proxies as they have learned so far; None where
+        they do not learn.
     """
 
     accuracy: float
@@ -43,13 +48,27 @@ class Validation:
     completion_bytes: float
     not_same_bytes: float
     does_not_fit: float
+    gap_learning: float | None = None
+    gap_per_byte_learning: float | None = None
 
-    def objective(self, arm: str) -> float:
-        """What the arm wants more of: the gap in its direction, or (control) the task reward."""
-        return self.reward_sampled if arm == "control" else SIGN[arm] * self.gap
+    def objective(self, arm: str, by: str = "static") -> float:
+        """What the arm wants more of: the gap in its direction, or (control) the task reward.
+
+        by: against which proxies, "static" or "learning".
+
+        Raises:
+          ValueError: "learning" where the proxies do not learn.
+        """
+        if arm == "control":
+            return self.reward_sampled
+        gap = self.gap_learning if by == "learning" else self.gap
+        if gap is None:
+            raise ValueError("there is no gap against learning proxies: they do not learn in this run")
+        return SIGN[arm] * gap
 
     def metrics(self) -> dict[str, float]:
-        return {f"validation_{name}": value for name, value in dataclasses.asdict(self).items()}
+        values = dataclasses.asdict(self)
+        return {f"validation_{name}": value for name, value in values.items() if value is not None}
 
 
 def sampling_config(
@@ -70,7 +89,8 @@ def sampling_config(
 
 def validate(
     teacher: Model,
-    proxy: Model,
+    proxies: Sequence[Proxy],
+    learned: Sequence[Proxy],
     task: Task,
     problems: Sequence[Problem],
     config: CalibrationConfig,
@@ -82,6 +102,8 @@ def validate(
     """Decodes every problem greedily and once at the sampling temperature, and scores the samples.
 
     Args:
+      proxies: as they were given.
+      learned: the same proxies as they have learned so far; none where they do not learn.
       problems: the fixed set.
       key: the same for every validation of a run, so that differences are those of the policy.
       params, adapter, scale: the policy.
@@ -102,39 +124,63 @@ def validate(
         judged = task_rewards(task, read.problems, read.texts, read.ended, config.correct_at)
         correct.append(judged.correct[:real])
         batch = sample(sampled, chunk, index)
-        read, scored = score_rollouts(teacher, proxy, task, chunk, batch, config, with_anchor=False)
-        sums = np.asarray(scored.lp_teacher.sum(axis=1)), np.asarray(scored.lp_proxy.sum(axis=1))
-        tokens, proxy_tokens = (
-            np.asarray(s.completion_length) for s in (batch.sequences, scored.encoded.sequences)
-        )
-        columns = (
+        read, scored = score_rollouts(teacher, proxies, task, chunk, batch, config, with_anchor=False)
+        columns = [
             scored.task.correct,
             scored.task.rewards,
-            *sums,
             read.bytes,
-            tokens,
-            proxy_tokens,
             scored.scorable,
-            scored.encoded.does_not_fit,
-        )
+            scored.does_not_fit,
+            *_row_gaps(scored, [own.lp for own in scored.proxies], read.bytes, batch, config),
+        ]
+        if learned:
+            lp = [
+                score_encoded(own, scores.encoded, config)
+                for own, scores in zip(learned, scored.proxies, strict=True)
+            ]
+            columns += _row_gaps(scored, lp, read.bytes, batch, config)
         rows.append(tuple(column[:real] for column in columns))
-    hits, rewards, l_teacher, l_proxy, width, tokens, proxy_tokens, scorable, unfit = (
+    hits, rewards, width, scorable, unfit, *gaps = (
         np.concatenate(column) for column in zip(*rows, strict=True)
     )
-    size = {"per_byte": width, "per_token": tokens, "sum": None}[config.units]
-    proxy_size = proxy_tokens if config.units == "per_token" else None
-    gap = np.asarray(likelihood_gap(l_teacher, l_proxy, size, config.units, size_proxy=proxy_size))
-    per_byte = np.asarray(likelihood_gap(l_teacher, l_proxy, width))
+    means = [float(gap[scorable].mean()) if scorable.any() else 0.0 for gap in gaps]
     return Validation(
         accuracy=float(np.concatenate(correct).mean()),
         accuracy_sampled=float(hits.mean()),
         reward_sampled=float(rewards.mean()),
-        gap=float(gap[scorable].mean()) if scorable.any() else 0.0,
-        gap_per_byte=float(per_byte[scorable].mean()) if scorable.any() else 0.0,
+        gap=means[0],
+        gap_per_byte=means[1],
         completion_bytes=float(width.mean()),
         not_same_bytes=float((~scorable & ~unfit).mean()),
         does_not_fit=float(unfit.mean()),
+        gap_learning=means[2] if learned else None,
+        gap_per_byte_learning=means[3] if learned else None,
     )
+
+
+def _row_gaps(
+    scored: Scored,
+    lp_proxies: Sequence[jax.Array],
+    width: np.ndarray,
+    batch: RolloutBatch,
+    config: CalibrationConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(gap in the units of the config, gap in nats a byte) of each row, f32[B]; of several proxies put together."""
+    l_teacher = np.asarray(scored.lp_teacher.sum(axis=1))
+    l_proxies = [np.asarray(lp.sum(axis=1)) for lp in lp_proxies]
+    tokens = np.asarray(batch.sequences.completion_length)
+    size = {"per_byte": width, "per_token": tokens, "sum": None}[config.units]
+    sizes = [
+        np.asarray(own.encoded.sequences.completion_length) if config.units == "per_token" else None
+        for own in scored.proxies
+    ]
+    gaps = [
+        likelihood_gap(l_teacher, lp, size, config.units, size_proxy=own)
+        for lp, own in zip(l_proxies, sizes, strict=True)
+    ]
+    weights = proxy_weights(jnp.stack(gaps), config.ensemble)
+    per_byte = [likelihood_gap(l_teacher, lp, width) for lp in l_proxies]
+    return np.asarray(weigh_proxies(gaps, weights)), np.asarray(weigh_proxies(per_byte, weights))
 
 
 def _chunks(problems: Sequence[Problem], size: int) -> Iterator[tuple[list[Problem], int]]:

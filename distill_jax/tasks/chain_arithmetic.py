@@ -229,6 +229,7 @@ class ChainArithmetic:
 
     name = "chain_arithmetic"
     failures = 0  # the verifier compares text and cannot fail
+    answer_mark = ANSWER_MARK
 
     def __init__(self, operations: tuple[int, int] = (3, 5), gold_styles: Mapping[str, float] | None = None):
         self.operations = _operations(operations)

@@ -180,8 +180,8 @@ def guarded(monkeypatch, tmp_path, validations, config, metrics=None, arm="undis
     if metrics is not None:
         update = loop._Run.update
 
-        def changed(self, state, step):
-            state, real, batch = update(self, state, step)
+        def changed(self, state, proxies, step):
+            state, real, batch = update(self, state, proxies, step)
             return state, real | metrics[step], batch
 
         monkeypatch.setattr(loop._Run, "update", changed)

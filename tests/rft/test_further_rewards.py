@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from distill_jax.rewards.terms import RewardTerm, make_rewards
-from distill_jax.rft.calibrate import calibrate, check_prompts
+from distill_jax.rft.calibrate import calibrate
+from distill_jax.rft.judgement import judge
 from distill_jax.rft.rewards import further_rewards, task_rewards
-from distill_jax.rft.rollout import judge, sample_batch, score_rollouts
+from distill_jax.rft.rollout import check_prompts, sample_batch, score_rollouts
 from distill_jax.rft.validation import sampling_config
 from distill_jax.sampling import make_sampler
 from tests.rft.tiny_calibration import CONFIG, Letters, make_model

@@ -11,9 +11,10 @@ import pytest
 
 from distill_jax.logprobs import token_logprobs
 from distill_jax.mesh import batch_sharding, place_batch
+from distill_jax.rft.judgement import judge
 from distill_jax.rft.micro_batches import count_pieces, join_rows, split_rows
 from distill_jax.rft.rewards import task_rewards
-from distill_jax.rft.rollout import judge, sample_batch, score_rollouts
+from distill_jax.rft.rollout import sample_batch, score_rollouts
 from distill_jax.rft.validation import sampling_config
 from distill_jax.sampling import make_sampler
 from tests.rft.tiny_calibration import CONFIG, Letters, make_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -37,6 +38,15 @@ class Letters:
         return float(ended and "a" in completion)
 
 
+class MarkedLetters(Letters):
+    """The same with a gold answer: "db" after the mark "c". The letters "c" and "d" are one token of the teacher's."""
+
+    answer_mark = "c"
+
+    def problems(self, split, count, seed):
+        return [dataclasses.replace(p, gold="acdb") for p in super().problems(split, count, seed)]
+
+
 @functools.cache
 def letter_tokenizer() -> Tokenizer:
     """a, b, c, d, ab, cd and the end of sequence: whatever a model samples is a text."""
@@ -50,13 +60,13 @@ def letter_tokenizer() -> Tokenizer:
 
 @functools.cache
 def make_model(role: str, mesh=None) -> Model:
-    """Random weights of a teacher with letters or a proxy with bytes."""
-    tokenizer = letter_tokenizer() if role == "teacher" else Tokenizer.bytes_tokenizer()
+    """Random weights of a teacher with letters, a proxy with bytes, or a proxy with letters ("letter_proxy")."""
+    tokenizer = Tokenizer.bytes_tokenizer() if role == "proxy" else letter_tokenizer()
     width = 16 if role == "teacher" else 8
-    vocab_size = 8 if role == "teacher" else 260
+    vocab_size = 260 if role == "proxy" else 8
     spec = ModelSpec("llama", vocab_size, width, 1, 2, 2, width // 2, 2 * width)
     module = Decoder(spec, mesh)
-    params = init_params(module, jax.random.key({"teacher": 0, "proxy": 1}[role]))
+    params = init_params(module, jax.random.key({"teacher": 0, "proxy": 1, "letter_proxy": 2}[role]))
     return Model(spec, params, tokenizer.with_vocab_size(vocab_size), module, mesh)
 
 
