@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from distill_jax.attacks.attack import Attack, Knob
+from distill_jax.attacks.filtered_text import cut_shared_end
 from distill_jax.attacks.tools import Query, Text, Tools, final_answer
 
 
 def answers_only(tools: Tools, seed: int) -> list[Text]:
-    """`#### answer` alone, from every text that has one answer."""
+    """`#### answer` alone, from every text that has one answer; an end that all texts share is no part of it."""
     found = []
-    for text in tools.ask(Query()):
+    for text in cut_shared_end(tools.ask(Query())):
         answer = final_answer(text.completion, tools.answer_mark)
         if answer is not None:
             found.append(dataclasses.replace(text, completion=f"{tools.answer_mark} {answer}", ended=True))

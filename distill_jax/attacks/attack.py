@@ -9,7 +9,8 @@ from typing import Any
 
 from distill_jax.attacks.tools import Text, Tools
 
-# What an attacker sees of the teacher, from less to more.
+# What an attacker sees of the teacher, from less to more: its answers; with them the probabilities of their tokens
+# and of the k best; likelihoods or distributions on any text that the attacker sends; the weights.
 ACCESS = ("text", "top-k", "logits", "weights")
 LOSSES = ("cross_entropy", "top_k", "spans", "logits", "on_policy", "policy_gradient")
 ON_GIVEN_TEXT = LOSSES[:3]  # what these need of a teacher is known for a text before training

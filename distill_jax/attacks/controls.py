@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from distill_jax.attacks.attack import ON_GIVEN_TEXT, Attack
+from distill_jax.attacks.attack import ON_GIVEN_TEXT, Attack, Knob
 from distill_jax.attacks.tools import Text
 
-GARBAGE = " %%"
+GARBAGE = " %% 7"  # the number is for scorers that read the last one
 RECOVERED = 0.9  # share of the clean gain that an attack must recover from a sham defence
 LEAKED = 0.1  # share of the clean gain above which a teacher without labels has taught something
 
@@ -24,7 +24,7 @@ Corrupt = Callable[[Sequence[Text], int], list[Text]]
 
 
 def append_garbage(texts: Sequence[Text], seed: int) -> list[Text]:
-    """The same few bytes after every text."""
+    """The same few bytes after every text: they must make its answer wrong, which the suite checks for each task."""
     return [dataclasses.replace(text, completion=text.completion + GARBAGE) for text in texts]
 
 
@@ -60,7 +60,8 @@ class Control:
     Attributes:
       id, name, sentence: as of an attack.
       expect: "recover" (the best of `attacks` must recover at least `RECOVERED` of the clean gain), "fail" (no attack
-        that uses the teacher may gain `LEAKED` of it) or "monotone" (judged on the other arms; trains nothing).
+        that uses the teacher may gain `LEAKED` of it above the untrained student, and above one that always says the
+        same) or "monotone" (judged on the other arms; trains nothing).
       arm: name of its teacher, made of the original one by `corrupt`; "" for none.
       corrupt: (texts, seed) -> texts that this teacher gives away. Its distributions are those of the original one,
         under the prompt that was really asked.
@@ -120,15 +121,27 @@ def judges(control: Control, attack: Attack) -> bool:
     """Whether an attack is run on the teacher of a control.
 
     One that is expected to defeat every attack is spared those that would learn without it (from clean texts, from the
-    task alone, from the weights themselves), and those that ask it about texts that it has not written: its answers
-    to these would be honest.
+    task alone, from the weights themselves, from a verifier: of ten possible answers it finds the right one among ten
+    random texts), and those that ask it about texts that it has not written: its answers to these would be honest.
     """
     if attack.select is None or not attack.uses_teacher:
         return False
     if control.expect == "recover":
         return attack.id in control.attacks
-    informed = attack.access == "weights" or "gold" in attack.needs
+    informed = attack.access == "weights" or bool({"gold", "verifier"} & set(attack.needs))
     return control.expect == "fail" and attack.recipe.loss in ON_GIVEN_TEXT and not informed
+
+
+def grid(control: Control, attack: Attack, size: str) -> tuple[Knob, ...]:
+    """The knobs that are run on a control's teacher.
+
+    One that is expected to defeat every attack is spared working that the student wrote itself: a student may get
+    better at what it can do already by learning from its own finished texts, whatever the teacher says.
+    """
+    knobs = attack.grid(size)
+    if control.expect != "fail":
+        return knobs
+    return tuple(knob for knob in knobs if knob.select.get("working") != "own")
 
 
 ARMS = {control.arm: control for control in CONTROLS if control.arm}

@@ -72,8 +72,9 @@ ON_POLICY = Attack(
 POLICY_GRADIENT = Attack(
     "A8b",
     "reverse-KL policy gradient",
-    "The student writes, the teacher's likelihood of every stretch of it is the advantage; any two tokenizers.",
-    "top-k",
+    "The student writes, the teacher's likelihood of every stretch of it is the advantage; any two tokenizers. It asks "
+    "for likelihoods of texts of its own choice: less than whole distributions, more than the top k of an answer.",
+    "logits",
     2,
     select=all_texts,
     recipe=Recipe("policy_gradient", steps=0.5, options={"student_share": 0.5}),

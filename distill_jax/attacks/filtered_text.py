@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,9 +42,10 @@ def filtered(tools: Tools, seed: int, *, keep: float) -> list[Text]:
 
 
 def cut_shared_end(texts: Sequence[Text], share: float = SHARED) -> list[Text]:
-    """The texts without the longest end that at least `share` of them have in common.
+    """The texts without the longest end of whole words that at least `share` of them have in common.
 
-    An end that is all there is of some text is left alone: it would be the answer of a task with one answer.
+    Whole words: the bracket that closes "(A)" and "(B)" belongs to the answers. An end that is all there is of some
+    text is left alone: it would be the answer of a task with one answer.
     """
     if not texts:
         return []
@@ -58,7 +60,9 @@ def cut_shared_end(texts: Sequence[Text], share: float = SHARED) -> list[Text]:
         candidates = collections.Counter(
             text.completion[-len(end) - 1 :] for text in texts if text.completion.endswith(end)
         )
-    if not end or any(text.completion == end for text in texts):
+    words = re.search(r"\s", end)
+    end = end[words.start() :] if words else ""
+    if not end.strip() or any(text.completion == end for text in texts):
         return list(texts)
     return [
         dataclasses.replace(text, completion=text.completion[: -len(end)])

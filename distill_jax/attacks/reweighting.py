@@ -10,14 +10,14 @@ from distill_jax.attacks.tools import Query, Text, Tools
 CLIP = 10.0  # of b * gain, so that no text outweighs another by more than exp(20)
 
 
-def reweighted(tools: Tools, seed: int, *, strength: float, holdout: int, step: float = 1e-2) -> list[Text]:
+def reweighted(tools: Tools, seed: int, *, strength: float, holdout: int) -> list[Text]:
     """As many texts as there are, drawn with replacement with probability ~ exp(clip(strength * z)).
 
     z is the gain (see `Tools.gain`), centred and in units of its standard deviation over the texts, so that one
     strength means the same for every model.
     """
     texts = tools.ask(Query())
-    gain = np.asarray(tools.gain(texts, tools.holdout(holdout), step), np.float64)
+    gain = np.asarray(tools.gain(texts, tools.holdout(holdout)), np.float64)
     z = (gain - gain.mean()) / max(float(gain.std()), 1e-12)
     weight = np.exp(np.clip(strength * z, -CLIP, CLIP))
     drawn = np.random.default_rng([seed, 4]).choice(len(texts), size=len(texts), p=weight / weight.sum())

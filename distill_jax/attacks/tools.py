@@ -95,9 +95,9 @@ class Tools(Protocol):
         """f64[N]: -log p(completion) / bytes under the untrained student; infinite where it cannot be scored."""
         ...
 
-    def gain(self, texts: Sequence[Text], holdout: Sequence[Text], step: float) -> np.ndarray:
-        """f64[N]: how much a text's mean token log-likelihood grows along the unit gradient of the holdout's, by finite
-        difference with a step of this length; 0 where a text cannot be scored."""
+    def gain(self, texts: Sequence[Text], holdout: Sequence[Text]) -> np.ndarray:
+        """f64[N]: how fast a text's mean token log-likelihood grows along the unit gradient of the holdout's; 0 where a
+        text cannot be scored."""
         ...
 
     def rewrite(self, texts: Sequence[Text]) -> list[Text]:
@@ -106,7 +106,7 @@ class Tools(Protocol):
 
 
 def final_answer(completion: str, mark: str) -> str | None:
-    """What stands after the only `mark` of a completion, up to the first white space; None where there is none."""
+    """What stands after the only `mark` of a completion, to the end of its line; None where there is none."""
     parts = completion.split(mark)
-    words = parts[1].split() if len(parts) == 2 else []
-    return words[0] if words else None
+    lines = parts[1].strip().splitlines() if len(parts) == 2 else []
+    return lines[0].strip() if lines else None

@@ -6,8 +6,21 @@ side then take little longer than one. Every piece has its own keys, data and fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+
+class KeyedLocks:
+    """A lock for each key, made at its first use: what several pieces share is made once, and nothing else waits."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[Hashable, threading.Lock] = {}
+
+    def __call__(self, key: Hashable) -> threading.Lock:
+        with self._guard:
+            return self._locks.setdefault(key, threading.Lock())
 
 
 def run_at_once(jobs: Sequence[Callable[[], None]], workers: int) -> None:

@@ -1,12 +1,14 @@
 """Stage attack: every attack of the suite on every arm by every kind of student, and the suite's own controls.
 
-Cells (arm x attack x kind) are run one after the other and kept; a second start goes on with the first one that is not
-finished. WORKDIR/attacks/suite.json says what was run, in words that the report needs.
+Cells (arm x attack x kind) are run `settings.at_once` at a time and kept; a second start goes on with those that are
+not finished. WORKDIR/attacks/suite.json says what was run, in words that the report needs.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,12 @@ from jax.sharding import Mesh
 from distill_jax.attacks import controls
 from distill_jax.attacks.attack import Attack, Knob
 from distill_jax.attacks.ensemble import ENSEMBLE
+from distill_jax.attacks.registry import ATTACKS
+from distill_jax.attacks.tools import Query
 from distill_jax.checkpoint import read_json, write_json
 from distill_jax.models.model import load_model
 from distill_jax.pipeline.arms import make_task
+from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.attack_arms import Teachers
 from distill_jax.pipeline.attack_cells import (
     Bench,
@@ -63,24 +68,37 @@ def attack(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     arms = bench.teachers.names()
     suite = _open_suite(settings, workdir, arms, kinds)
     _evaluate_teachers(bench, arms)
+    _answer_constantly(bench)
     for kind in kinds:
         model = load_role(settings, mesh, workdir, f"student_{kind}")
         student = Student(kind, model, settings.students[kind])
         _evaluate_untrained(bench, student)
         cells = list(_cells(bench, arms, student, suite))
-        for number, (arm, entry, grid) in enumerate(cells, start=1):
-            if is_finished(bench, arm, entry.id, kind):
-                continue
-            started = time.monotonic()
-            knob = run_cell(bench, arm, entry, student, grid)
-            print(
-                f"attack/{kind} {number}/{len(cells)}: {entry.id} {entry.name} on {arm}, {knob}, "
-                f"{time.monotonic() - started:.0f} s",
-                flush=True,
-            )
+        _measure_shams(bench, student, suite)
+        jobs = [
+            functools.partial(_run, bench, student, f"{number}/{len(cells)}", *cell)
+            for number, cell in enumerate(cells, start=1)
+            if not is_finished(bench, cell[0], cell[1].id, kind)
+        ]
+        run_at_once(jobs, settings.at_once)
         if ENSEMBLE in settings.attacks:
-            _run_ensemble(bench, arms, student)
+            run_at_once(
+                [functools.partial(_run_ensemble, bench, arm, student, suite) for arm in arms],
+                settings.at_once,
+            )
         write_json(workdir / "attacks" / "suite.json", suite)
+
+
+def _run(
+    bench: Bench, student: Student, number: str, arm: str, entry: Attack, grid: tuple[Knob, ...]
+) -> None:
+    started = time.monotonic()
+    knob = run_cell(bench, arm, entry, student, grid)
+    print(
+        f"attack/{student.name} {number}: {entry.id} {entry.name} on {arm}, {knob}, "
+        f"{time.monotonic() - started:.0f} s",
+        flush=True,
+    )
 
 
 def make_bench(settings: Settings, mesh: Mesh, workdir: Path) -> Bench:
@@ -128,6 +146,7 @@ def _open_suite(settings: Settings, workdir: Path, arms: list[str], kinds: tuple
         "kinds": list(dict.fromkeys([*before.get("kinds", []), *kinds])),
         "attacks": before.get("attacks", {}) | {entry.id: _facts(entry) for entry in settings.attacks},
         "controls": before.get("controls", {}),
+        "shams": before.get("shams", {}),
         "skipped": before.get("skipped", {}),
     }
     write_json(path, suite)
@@ -179,13 +198,46 @@ def _cells(
 def _cell(
     bench: Bench, arm: str, entry: Attack, student: Student, suite: dict[str, Any]
 ) -> Iterator[tuple[str, Attack, tuple[Knob, ...]]]:
-    knobs = entry.grid(bench.settings.attack_suite.grid)
+    size = bench.settings.attack_suite.grid
+    knobs = controls.grid(controls.ARMS[arm], entry, size) if arm in controls.ARMS else entry.grid(size)
     reasons = {knob.name: inapplicable(bench, entry, knob, student, arm) for knob in knobs}
     grid = tuple(knob for knob in knobs if not reasons[knob.name])
     if grid:
         yield arm, entry, grid
     else:
         suite["skipped"][f"{entry.id} on {arm} by {student.name}"] = next(iter(reasons.values()))
+
+
+def _measure_shams(bench: Bench, student: Student, suite: dict[str, Any]) -> None:
+    """Shares of right texts, of the clean teacher and of each sham: one whose texts stay right hides nothing."""
+    if not bench.settings.attack_suite.controls:
+        return
+    clean = bench.settings.attack_suite.clean
+    for control in controls.CONTROLS:
+        if control.expect == "recover" and control.arm not in suite["shams"]:
+            shares = {}
+            for name, arm in (("clean", clean), ("sham", control.arm)):
+                tools = bench.tools(arm, student, 0)
+                shares[name] = float(tools.verified(tools.ask(Query())).mean())
+            suite["shams"][control.arm] = shares
+
+
+def _answer_constantly(bench: Bench) -> None:
+    """WORKDIR/attacks/constant.jsonl: a student that says the most frequent answer of the test problems every time.
+
+    The best that can be done without reading a question, and what a teacher without information may teach: where few
+    answers are possible it is far above 0. A task without reference answers has none.
+    """
+    path, problems = bench.workdir / "attacks" / "constant.jsonl", test_problems(bench.settings)
+    counts = collections.Counter(problem.answer for problem in problems if problem.answer)
+    if path.exists() or not counts:
+        return
+    most, _ = counts.most_common(1)[0]
+    rows = [
+        {"decoding": "greedy", "problem": index, "correct": int(problem.answer == most)}
+        for index, problem in enumerate(problems)
+    ]
+    write_rows(path, rows)
 
 
 def _evaluate_teachers(bench: Bench, arms: list[str]) -> None:
@@ -219,24 +271,37 @@ def _evaluate_untrained(bench: Bench, student: Student) -> None:
         write_rows(path.with_name("validation.jsonl"), rows)
 
 
-def _run_ensemble(bench: Bench, arms: list[str], student: Student) -> None:
-    """The winner on validation problems of each arm, run again with student seeds that nobody has seen."""
-    entries = {entry.id: entry for entry in bench.settings.attacks if entry.select and entry.uses_teacher}
-    for arm in arms:
-        if is_finished(bench, arm, ENSEMBLE.id, student.name):
+def _run_ensemble(bench: Bench, arm: str, student: Student, suite: dict[str, Any]) -> None:
+    """The winner on validation problems of an arm, run again with student seeds that nobody has seen.
+
+    All attacks of the workdir take part. Where one that came later has won, the earlier winner's students go.
+    """
+    scores, spent = {}, {"queries": 0.0, "steps": 0.0}
+    for name in suite["attacks"]:
+        cell = cell_folder(bench.workdir, arm, name, student.name)
+        rows = [row for path in cell.glob("seed*/validation.jsonl") for row in read_rows(path)]
+        record = read_knob(cell)
+        if not rows or record is None or ATTACKS[name].view or not ATTACKS[name].uses_teacher:
             continue
-        scores = {}
-        for name in entries:
-            folder = cell_folder(bench.workdir, arm, name, student.name)
-            rows = [row for path in folder.glob("seed*/validation.jsonl") for row in read_rows(path)]
-            if rows:
-                scores[name] = sum(row["correct"] for row in rows) / len(rows)
-        if not scores:
-            continue
-        best = entries[max(scores, key=lambda name: scores[name])]
-        record = read_knob(cell_folder(bench.workdir, arm, best.id, student.name))
-        assert record is not None
-        folder = cell_folder(bench.workdir, arm, ENSEMBLE.id, student.name)
-        fresh = bench.search_seed + 1
-        fill_cell(bench, arm, best, best.knob(record["knob"]), student, fresh, folder, scores)
-        print(f"attack/{student.name}: {ENSEMBLE.id} on {arm} is {best.id}, {record['knob']}", flush=True)
+        scores[name] = sum(row["correct"] for row in rows) / len(rows)
+        for what in spent:
+            spent[what] += record[what] + record["search"].get(what, 0.0)
+    if not scores:
+        return
+    best = ATTACKS[max(scores, key=lambda name: scores[name])]
+    winner = read_knob(cell_folder(bench.workdir, arm, best.id, student.name))
+    assert winner is not None
+    folder = cell_folder(bench.workdir, arm, ENSEMBLE.id, student.name)
+    search, before = {"scores": scores, **spent}, read_knob(folder)
+    if (
+        before is not None
+        and (before["attack"], before["knob"]) == (best.id, winner["knob"])
+        and is_finished(bench, arm, ENSEMBLE.id, student.name)
+    ):
+        write_json(folder / "knob.json", before | {"search": search})
+        return
+    for path in folder.glob("seed*/predictions.jsonl"):  # half of an old winner is no result
+        path.unlink()
+    fresh = bench.search_seed + 1
+    fill_cell(bench, arm, best, best.knob(winner["knob"]), student, fresh, folder, search)
+    print(f"attack/{student.name}: {ENSEMBLE.id} on {arm} is {best.id}, {winner['knob']}", flush=True)

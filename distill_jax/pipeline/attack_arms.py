@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from distill_jax.models.adapter import adapter_scale, init_adapter
 from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model, load_model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task
+from distill_jax.pipeline.at_once import KeyedLocks
 from distill_jax.pipeline.distil import decode_texts, student_problems, teacher_key, texts_path
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Settings
@@ -33,15 +36,23 @@ RETRAINING_BATCH = 16
 class Teachers:
     """Loads each teacher once, asks it once: texts stay in WORKDIR/students/<arm>/texts_seed<k>*.jsonl.
 
+    Cells that run side by side share one instance. Weights are loaded by one thread at a time, and the last
+    `settings.at_once` teachers stay loaded; a file of texts is written by one thread while the others wait for it.
+
     Args:
       settings, mesh, workdir: of the run.
+
+    Attributes:
+      locks: of everything that is made once for all cells, by its path.
     """
 
     def __init__(self, settings: Settings, mesh: Mesh, workdir: Path) -> None:
         self._settings, self._mesh, self._workdir = settings, mesh, workdir
+        self.locks = KeyedLocks()
+        self._loading = threading.RLock()
         self._teacher: Model | None = None
-        self._folder: Arm | None = None  # the last one that was loaded
-        self._changed: tuple[tuple[str, str], Arm] | None = None
+        self._arms: dict[str, Arm] = {}
+        self._changed: dict[tuple[str, str], Arm] = {}
 
     def names(self) -> list[str]:
         """Arms that are attacked, the clean one first.
@@ -67,19 +78,27 @@ class Teachers:
 
     def load(self, arm: str) -> Arm:
         """The teacher behind an arm; a sham's is the clean one."""
-        folders = self._settings.attack_suite.model_folders()
         if arm in controls.ARMS:
             return self.load(self._settings.attack_suite.clean)
+        with self._loading:
+            if arm not in self._arms:
+                self._make_room(self._arms)
+                self._arms[arm] = self._read(arm)
+            return self._arms[arm]
+
+    def _make_room(self, kept: dict[Any, Arm]) -> None:
+        while len(kept) >= self._settings.at_once:
+            kept.pop(next(iter(kept)))
+
+    def _read(self, arm: str) -> Arm:
+        folders = self._settings.attack_suite.model_folders()
         if arm in folders:
-            if self._folder is not None and self._folder.name == arm:
-                return self._folder
             model = load_model(folders[arm], self._mesh, self._settings.dtype)
             if model.tokenizer is None:
                 raise ValueError(
                     f"arm {arm}: {folders[arm]} holds no tokenizer; put its tokenizer.json there"
                 )
-            self._folder = Arm(arm, model, None, 1.0)
-            return self._folder
+            return Arm(arm, model, None, 1.0)
         self._teacher = self._teacher or load_role(self._settings, self._mesh, self._workdir, "teacher")
         return load_arm(self._settings, self._workdir, self._teacher, arm)
 
@@ -93,24 +112,9 @@ class Teachers:
             honest = self.ask(self._settings.attack_suite.clean, seed, query)
             return control.corrupt(honest, seed * 1000 + query.part)
         path = query_path(self._workdir, arm, seed, query)
-        if not path.exists():
-            key = teacher_key(self._settings, seed)
-            name = query_name(query)
-            if name:  # else the texts of the stage distil
-                key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            temperature = query.temperature * self._settings.distillation.temperature
-            write_rows(
-                path,
-                decode_texts(
-                    self._settings,
-                    self._changed_weights(arm, seed, query.weights),
-                    problems,
-                    temperature=temperature,
-                    key=key,
-                    system=query.system,
-                ),
-            )
-            print(f"attack/{arm}: {len(problems)} texts for student seed {seed} {name}".rstrip(), flush=True)
+        with self.locks(path):
+            if not path.exists():
+                write_rows(path, self._sample(arm, seed, query, problems))
         rows = read_rows(path)
         if [row["prompt"] for row in rows] != [problem.prompt for problem in problems]:
             raise ValueError(
@@ -121,20 +125,36 @@ class Teachers:
             for place, row in enumerate(rows)
         ]
 
+    def _sample(self, arm: str, seed: int, query: Query, problems: list[Problem]) -> list[dict[str, Any]]:
+        key, name = teacher_key(self._settings, seed), query_name(query)
+        if name:  # else the texts of the stage distil
+            key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        rows = decode_texts(
+            self._settings,
+            self._changed_weights(arm, seed, query.weights),
+            problems,
+            temperature=query.temperature * self._settings.distillation.temperature,
+            key=key,
+            system=query.system,
+        )
+        print(f"attack/{arm}: {len(rows)} texts for student seed {seed} {name}".rstrip(), flush=True)
+        return rows
+
     def _changed_weights(self, name: str, seed: int, weights: str) -> Arm:
         if weights == "released":
             return self.load(name)
         key = (name, f"{weights} {seed}")
-        if self._changed is None or self._changed[0] != key:
-            kind, _, number = weights.partition("=")
-            arm = self.load(name)
-            changed = (
-                dataclasses.replace(arm, scale=arm.scale * float(number))
-                if kind == "dial"
-                else retrained(self._settings, arm, int(number), seed)
-            )
-            self._changed = (key, changed)
-        return self._changed[1]
+        with self._loading:
+            if key not in self._changed:
+                kind, _, number = weights.partition("=")
+                arm = self.load(name)
+                self._make_room(self._changed)
+                self._changed[key] = (
+                    dataclasses.replace(arm, scale=arm.scale * float(number))
+                    if kind == "dial"
+                    else retrained(self._settings, arm, int(number), seed)
+                )
+            return self._changed[key]
 
 
 def block(settings: Settings, seed: int, part: int) -> list[Problem]:

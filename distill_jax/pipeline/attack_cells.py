@@ -1,7 +1,7 @@
 """One cell of the attack suite: an attack on an arm by one kind of student. Knob search, training, answers.
 
     WORKDIR/students/<arm>/<attack>/<kind>/search/<knob>.jsonl        answers to validation problems, one search seed
-                                          /knob.json                  the knob that won, and what it costs
+                                          /knob.json                  the knob that won, what it and the search cost
                                           /texts.json                 texts that each seed was trained on
                                           /seed<k>/validation.jsonl   greedy answers to validation problems
                                           /seed<k>/predictions.jsonl  answers to test problems; written last
@@ -21,6 +21,7 @@ from distill_jax.attacks.attack import Attack, Knob
 from distill_jax.checkpoint import read_json, write_json
 from distill_jax.models.decoder import Params
 from distill_jax.pipeline.arms import make_task
+from distill_jax.pipeline.attack_budget import budget
 from distill_jax.pipeline.attack_tools import Bench, Student
 from distill_jax.pipeline.attack_training import train_students
 from distill_jax.pipeline.evaluate import (
@@ -59,6 +60,8 @@ def inapplicable(bench: Bench, attack: Attack, knob: Knob, student: Student, arm
         assert model.tokenizer is not None and student.model.tokenizer is not None
         if model.tokenizer.vocabulary_hash != student.model.tokenizer.vocabulary_hash:
             return "teacher and student have different vocabularies"
+        if recipe.loss != "top_k" and settings.roles["teacher"].prompt_style != student.role.prompt_style:
+            return "teacher and student are asked in different prompt styles, and this loss needs one row for both"
         if recipe.loss == "top_k" and recipe.options["top_k"] >= min(
             model.spec.vocab_size, student.model.spec.vocab_size
         ):
@@ -78,7 +81,9 @@ def run_cell(bench: Bench, arm: str, attack: Attack, student: Student, grid: Seq
             write_rows(path, answers[0])
         scores[knob.name] = float(np.mean([row["correct"] for row in read_rows(path)]))
     best = max(scores, key=lambda name: scores[name]) if scores else grid[0].name
-    fill_cell(bench, arm, attack, attack.knob(best), student, 0, folder, scores)
+    spent = [budget(bench.settings, attack, attack.knob(name)) for name in scores]
+    search = {"scores": scores, **{name: sum(one[name] for one in spent) for name in ("queries", "steps")}}
+    fill_cell(bench, arm, attack, attack.knob(best), student, 0, folder, search)
     return best
 
 
@@ -90,9 +95,12 @@ def fill_cell(
     student: Student,
     first_seed: int,
     folder: Path,
-    scores: dict[str, float],
+    search: dict[str, Any],
 ) -> None:
-    """Trains all seeds of a cell, counted from `first_seed`, and writes what they answer as seed 0, 1, ..."""
+    """Trains all seeds of a cell, counted from `first_seed`, and writes what they answer as seed 0, 1, ...
+
+    search: how the knob was chosen: "scores" of what was tried, and "queries" and "steps" that this took.
+    """
     settings, recipe = bench.settings, attack.recipe_of(knob)
     seeds = range(first_seed, first_seed + settings.distillation.seeds)
     trees, base, kept = train_students(bench, arm, attack, knob, student, seeds)
@@ -101,9 +109,8 @@ def fill_cell(
         {
             "attack": attack.id,
             "knob": knob.name,
-            "search": scores,
-            "queries": knob.queries,
-            "steps": recipe.steps,
+            **budget(settings, attack, knob),
+            "search": search,
         },
     )
     write_json(folder / "texts.json", {"seeds": kept})

@@ -54,18 +54,27 @@ def encode_rows(
 ) -> tuple[EncodedTexts, np.ndarray]:
     """(rows in the student's prompt style and tokens, bool[N] those that it can spell, that fit and are not empty).
 
-    as_asked: under the prompt that the teacher was given, where that is another one.
+    as_asked: as the teacher was asked: in its own prompt style, and under the prompt that it was given where that is
+    another one. The completions are the same tokens, but for the end of a turn where the styles close it differently.
     """
     tokenizer, sizes = student.model.tokenizer, settings.distillation
     assert tokenizer is not None
-    prompts = [text.asked if as_asked and text.asked else text.prompt for text in texts]
+    prompts, style, prompt_size = (
+        [text.prompt for text in texts],
+        student.role.prompt_style,
+        sizes.prompt_size,
+    )
+    if as_asked:
+        prompts = [text.asked or text.prompt for text in texts]
+        style = settings.roles["teacher"].prompt_style
+        prompt_size = max(prompt_size, *settings.calibration.prompt_sizes)
     encoded = encode_completions(
         tokenizer,
-        encode_prompts(tokenizer, prompts, student.role.prompt_style, settings.calibration.system),
+        encode_prompts(tokenizer, prompts, style, settings.calibration.system),
         [text.completion for text in texts],
         np.array([text.ended for text in texts], bool),
-        end_id=end_of_text_id(tokenizer, student.role.prompt_style),
-        prompt_sizes=(sizes.prompt_size,),
+        end_id=end_of_text_id(tokenizer, style),
+        prompt_sizes=(prompt_size,),
         completion_sizes=(sizes.completion_size,),
     )
     return encoded, encoded.usable & (np.asarray(encoded.sequences.completion_length) > 0)
@@ -139,30 +148,33 @@ class HostTools:
             / "attacks"
             / f"own_{self._student.name}_seed{self._seed}_part{part}_n{samples}.jsonl"
         )
-        if not path.exists():
-            settings, model = self._settings, self._student.model
-            assert model.tokenizer is not None
-            problems = self._block(part)
-            prompts = encode_prompts(
-                model.tokenizer,
-                [problem.prompt for problem in problems],
-                self._student.role.prompt_style,
-                settings.calibration.system,
-            )
-            key = jax.random.fold_in(jax.random.key(settings.seed), _OWN)
-            rollouts = generate(
-                model,
-                prompts,
-                num_samples=samples,
-                max_new_tokens=settings.distillation.completion_size,
-                temperature=1.0,
-                key=jax.random.fold_in(key, self._seed * 1000 + part),
-                buckets=(settings.distillation.prompt_size,),
-                batch_size=max(1, min(settings.evaluation.batch, len(prompts)) // samples),
-            )
-            pairs = zip(rollouts.texts, rollouts.ended, strict=True)
-            write_rows(path, [{"completion": text, "ended": bool(ended)} for text, ended in pairs])
+        with self._teachers.locks(path):
+            if not path.exists():
+                write_rows(path, self._write_own(part, samples))
         return read_rows(path)
+
+    def _write_own(self, part: int, samples: int) -> list[dict]:
+        settings, model = self._settings, self._student.model
+        assert model.tokenizer is not None
+        prompts = encode_prompts(
+            model.tokenizer,
+            [problem.prompt for problem in self._block(part)],
+            self._student.role.prompt_style,
+            settings.calibration.system,
+        )
+        key = jax.random.fold_in(jax.random.key(settings.seed), _OWN)
+        rollouts = generate(
+            model,
+            prompts,
+            num_samples=samples,
+            max_new_tokens=settings.distillation.completion_size,
+            temperature=1.0,
+            key=jax.random.fold_in(key, self._seed * 1000 + part),
+            buckets=(settings.distillation.prompt_size,),
+            batch_size=max(1, min(settings.evaluation.batch, len(prompts)) // samples),
+        )
+        pairs = zip(rollouts.texts, rollouts.ended, strict=True)
+        return [{"completion": text, "ended": bool(ended)} for text, ended in pairs]
 
     def verified(self, texts: Sequence[Text]) -> np.ndarray:
         problems = [self._problem(text.problem) for text in texts]
@@ -186,19 +198,17 @@ class HostTools:
         usable = scores.usable & (scores.bytes > 0)
         return np.where(usable, -scores.lp / np.maximum(scores.bytes, 1), np.inf)
 
-    def gain(self, texts: Sequence[Text], holdout: Sequence[Text], step: float) -> np.ndarray:
+    def gain(self, texts: Sequence[Text], holdout: Sequence[Text]) -> np.ndarray:
         model, chunk = self._student.model, self._settings.distillation.training.logit_chunk
         clean = put(encode_rows(self._settings, self._student, holdout)[0].sequences, model)
         direction = unit_gradient(model.module, model.params, clean, chunk)
-        moved = jax.tree.map(lambda w, d: w + step * d.astype(w.dtype), model.params, direction)
         gains = np.zeros(len(texts))
         for start in range(0, len(texts), SCORED_AT_A_TIME):
             places = np.minimum(np.arange(start, start + SCORED_AT_A_TIME), len(texts) - 1)
             encoded, usable = encode_rows(self._settings, self._student, [texts[place] for place in places])
             rows = put(encoded.sequences, model)
-            before = np.asarray(mean_logprob(model.module, model.params, rows, chunk))
-            after = np.asarray(mean_logprob(model.module, moved, rows, chunk))
-            gains[places] = np.where(usable, (after - before) / step, 0.0)
+            slopes = np.asarray(logprob_slope(model.module, model.params, direction, rows, chunk))
+            gains[places] = np.where(usable, slopes, 0.0)
         return gains
 
     def rewrite(self, texts: Sequence[Text]) -> list[Text]:
@@ -211,21 +221,32 @@ class HostTools:
 
 @functools.partial(jax.jit, static_argnames=("module", "chunk"))
 def unit_gradient(module: Decoder, params: Params, rows: Sequences, chunk: int) -> Params:
-    """The gradient of the rows' mean token log-likelihood, at length 1."""
+    """The gradient of the rows' mean token log-likelihood, at length 1, in float32."""
 
     def objective(tree: Params) -> jax.Array:
         lp = score_completions(module, tree, rows, chunk=chunk).lp
         return lp.sum() / jnp.maximum(rows.completion_length.sum(), 1).astype(jnp.float32)
 
-    gradient = jax.grad(objective)(params)
-    return jax.tree.map(lambda leaf: leaf / jnp.maximum(optax.tree.norm(gradient), 1e-30), gradient)
+    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jax.grad(objective)(params))
+    norm = jnp.maximum(optax.tree.norm(gradient), 1e-30)
+    return jax.tree.map(lambda leaf: leaf / norm, gradient)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "chunk"))
-def mean_logprob(module: Decoder, params: Params, rows: Sequences, chunk: int) -> jax.Array:
-    """f32[B]: mean log-probability of each row's completion tokens, in nats a token."""
-    lp = score_completions(module, params, rows, chunk=chunk).lp
-    return lp.sum(axis=1) / jnp.maximum(rows.completion_length, 1).astype(jnp.float32)
+def logprob_slope(
+    module: Decoder, params: Params, direction: Params, rows: Sequences, chunk: int
+) -> jax.Array:
+    """f32[B]: derivative of the mean log-probability of each row's completion tokens along `direction`.
+
+    Forward-mode, and no difference of two weights: a small step is lost in the rounding of bfloat16 weights.
+    """
+
+    def mean_logprob(tree: Params) -> jax.Array:
+        lp = score_completions(module, tree, rows, chunk=chunk).lp
+        return lp.sum(axis=1) / jnp.maximum(rows.completion_length, 1).astype(jnp.float32)
+
+    tangent = jax.tree.map(lambda weight, move: move.astype(weight.dtype), params, direction)
+    return jax.jvp(mean_logprob, (params,), (tangent,))[1]
 
 
 def model_rewriter(settings: Settings, model: Model) -> Rewriter:

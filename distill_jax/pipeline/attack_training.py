@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,9 @@ from distill_jax.metrics import Progress
 from distill_jax.models.adapter import adapter_scale
 from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
-from distill_jax.optimizer import make_optimizer, trapezoid
+from distill_jax.optimizer import trapezoid
+from distill_jax.pipeline.attack_budget import student_steps
+from distill_jax.pipeline.attack_programs import on_policy_program, span_program
 from distill_jax.pipeline.attack_tools import Bench, Student, encode_rows
 from distill_jax.pipeline.distil import student_start
 from distill_jax.rft.texts import EncodedTexts, encode_completions, encode_prompts, end_of_text_id
@@ -31,14 +32,19 @@ from distill_jax.students.aligned_texts import (
     score_sequences,
     take_rows,
 )
-from distill_jax.students.cross_tokenizer_step import make_alm_step
 from distill_jax.students.divergence_config import Divergence, StudentLoss
-from distill_jax.students.divergences import sequence_divergence
 from distill_jax.students.on_policy import OnPolicyConfig, OnPolicyStep, train_on_policy
 from distill_jax.students.scorers import cross_tokenizer_scorer, same_tokenizer_scorer
 from distill_jax.students.step import CROSS_ENTROPY, init_student_state
 from distill_jax.students.targets import Teacher, make_targets
-from distill_jax.students.train import Batches, StudentConfig, batch_rows, stack_replicas, train
+from distill_jax.students.train import (
+    Batches,
+    StudentConfig,
+    batch_rows,
+    stack_replicas,
+    train,
+    without_schedule,
+)
 
 _ON_POLICY = 6  # purpose of random numbers
 
@@ -101,7 +107,7 @@ def train_students(
     lessons, counts, learning = [], [], []
     for place, seed in enumerate(seeds):
         texts = attack.texts(knob, bench.tools(arm, student, seed), seed)
-        lesson = _lesson(bench, student, texts, settings.seed * 100 + seed)
+        lesson = _lesson(bench, student, texts, settings.seed * 100 + seed, scored=recipe.loss == "top_k")
         kept = 0 if lesson is None else len(lesson.texts)
         counts.append({"kept": kept, "dropped": len(texts) - kept})
         if lesson is not None:
@@ -119,7 +125,7 @@ def train_students(
         recipe,
         student,
         dataclasses.replace(ordinary, optimizer=optimizer, checkpoint_every=0),
-        max(1, round(settings.distillation.steps * recipe.steps)),
+        student_steps(settings, recipe),
         base,
         f"attack/{student.name}/{arm}/{attack.id} {knob.name}",
     )
@@ -135,12 +141,15 @@ def train_students(
     return jax.tree.map(lambda old, new: old.at[chosen].set(new), start, trained), base, counts
 
 
-def _lesson(bench: Bench, student: Student, texts: list[Text], order: int) -> Lesson | None:
-    """The texts that can be given to the student under the prompt that it sees and the one that the teacher saw."""
+def _lesson(bench: Bench, student: Student, texts: list[Text], order: int, *, scored: bool) -> Lesson | None:
+    """The texts that can be given to the student as it sees them and, where they differ, as the teacher was asked.
+
+    scored: the teacher's distributions are read on these rows.
+    """
     if not texts:
         return None
     encoded, usable = encode_rows(bench.settings, student, texts)
-    if any(text.asked for text in texts):
+    if scored or any(text.asked for text in texts):
         usable = usable & encode_rows(bench.settings, student, texts, as_asked=True)[1]
     if not usable.any():
         return None
@@ -198,8 +207,9 @@ def _teach_given_text(group: Group, start: Params, lessons: list[Lesson]) -> Par
 
 
 def _as_asked(group: Group, lesson: Lesson) -> EncodedTexts:
-    """The lesson's rows under the prompts that the teacher was given."""
-    if not any(text.asked for text in lesson.texts):
+    """The lesson's rows as the teacher was asked; the completions are the same tokens, place by place."""
+    own_style = group.student.role.prompt_style == group.bench.settings.roles["teacher"].prompt_style
+    if own_style and not any(text.asked for text in lesson.texts):
         return lesson.encoded
     return encode_rows(group.bench.settings, group.student, lesson.texts, as_asked=True)[0]
 
@@ -208,16 +218,15 @@ def _teach_spans(group: Group, start: Params, lessons: list[Lesson]) -> Params:
     """Span likelihood matching: the teacher scores every text once, before training."""
     module, options = group.student.model.module, group.recipe.options
     aligned = [_align(group, lesson) for lesson in lessons]
-    optimizer = make_optimizer(group.training.optimizer, None)
-    step_of = make_alm_step(
+    optimizer, step_of = span_program(
         module,
-        optimizer,
-        tau=options["tau"],
-        cross_entropy_weight=options["cross_entropy"],
-        trainable=group.training.trainable,
-        scale=group.scale,
-        logit_chunk=group.training.logit_chunk,
-        replicas=len(lessons),
+        without_schedule(group.training.optimizer),
+        options["tau"],
+        options["cross_entropy"],
+        group.training.trainable,
+        group.scale,
+        group.training.logit_chunk,
+        len(lessons),
     )
     state = init_student_state(start, optimizer, len(lessons))
     with Progress(group.steps, group.label) as bar:
@@ -305,19 +314,33 @@ def _on_policy_step(group: Group, lesson: Lesson) -> OnPolicyStep:
     tokenizer, rows = model.tokenizer, lesson.rows
     assert tokenizer is not None
     teacher, share = group.teacher(), options["student_share"]
-    same = teacher.vocabulary_hash == tokenizer.vocabulary_hash
-    divergence = None
-    if group.recipe.loss == "on_policy":
-        beta = options["beta"]
-        divergence = functools.partial(sequence_divergence, config=Divergence("jsd", beta=beta))
+    # A teacher that is asked in another style reads the texts under its own prompts.
+    same = (
+        teacher.vocabulary_hash == tokenizer.vocabulary_hash
+        and group.bench.settings.roles["teacher"].prompt_style == group.student.role.prompt_style
+    )
     own_texts = None
     if share < 1:  # of the teacher's texts only the tokens are read
         blank = jnp.zeros(rows.completion.shape)
         own_texts = same_tokens(rows, blank) if same else _align(group, lesson)
     chunk = group.training.logit_chunk
+    config = OnPolicyConfig(
+        prompts_per_step=group.training.batch_size,
+        student_share=share,
+        trainable=group.training.trainable,
+        scale=group.scale,
+        logit_chunk=chunk,
+        order_seed=lesson.order,
+    )
+    optimizer, divergence, update = on_policy_program(
+        model.module,
+        without_schedule(group.training.optimizer),
+        dataclasses.replace(config, student_share=1.0, order_seed=0),
+        options["beta"] if group.recipe.loss == "on_policy" else None,
+    )
     return OnPolicyStep(
         model.module,
-        make_optimizer(group.training.optimizer, None),
+        optimizer,
         SamplingConfig(
             num_samples=1,
             max_new_tokens=rows.completion_size,
@@ -328,19 +351,13 @@ def _on_policy_step(group: Group, lesson: Lesson) -> OnPolicyStep:
         same_tokenizer_scorer(teacher, chunk)
         if same
         else cross_tokenizer_scorer(teacher, _retokeniser(group, lesson), chunk),
-        OnPolicyConfig(
-            prompts_per_step=group.training.batch_size,
-            student_share=share,
-            trainable=group.training.trainable,
-            scale=group.scale,
-            logit_chunk=chunk,
-            order_seed=lesson.order,
-        ),
+        config,
         base=group.base,
         teacher_texts=own_texts,
         divergence=divergence,
         teacher=None if divergence is None else teacher,
         vocabulary_hash=tokenizer.vocabulary_hash,
+        update=update,
     )
 
 

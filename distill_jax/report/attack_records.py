@@ -11,12 +11,16 @@ from typing import Any
 from distill_jax.report.records import Outcomes, align, answers_by_cell, read_rows
 
 GOLD, BASE, UNTRAINED = "gold", "base", "none"
+CONSTANT = "constant"  # a student that gives the most frequent answer every time
 _KEYS = ("decoding", "problem", "correct")
 
 
 @dataclass(frozen=True)
 class AttackCell:
-    """Students of one arm, attack and kind: greedy answers on both splits, the knob and what it costs."""
+    """Students of one arm, attack and kind: greedy answers on both splits, the knob, and what one student costs.
+
+    queries, steps: multiples of the run's samples and steps, the search for the knob included.
+    """
 
     test: Outcomes
     validation: Outcomes | None
@@ -27,8 +31,9 @@ class AttackCell:
 
 @dataclass(frozen=True)
 class AttackResults:
-    """suite: suite.json. cells: (arm, attack, kind) -> cell. teachers: arm -> greedy answers. notes: what was left out.
-    curves: (arm, kind) -> budget -> greedy answers of the students of the stage distil."""
+    """suite: suite.json. cells: (arm, attack, kind) -> cell; those of the arms "base" and "constant" are untrained.
+    teachers: arm -> greedy answers. curves: (arm, kind) -> budget -> greedy answers of the stage distil's students.
+    notes: what was left out."""
 
     suite: dict[str, Any]
     cells: dict[tuple[str, str, str], AttackCell]
@@ -92,9 +97,12 @@ def read_attacks(workdir: str | Path) -> AttackResults | None:
             test,
             _outcomes(folder, "validation.jsonl", notes),
             _knob_name(facts, attack),
-            facts.get("queries", 0.0),
-            facts.get("steps", 0.0),
+            *(facts.get(what, 0.0) + facts.get("search", {}).get(what, 0.0) for what in ("queries", "steps")),
         )
+    constant = _constant(workdir, notes)
+    if constant is not None:
+        for kind in suite["kinds"]:
+            cells[CONSTANT, UNTRAINED, kind] = AttackCell(constant, None)
     teachers = {}
     for arm in suite["arms"]:
         rows = read_rows(workdir / "arms" / arm / "evaluation.jsonl", _KEYS, notes)
@@ -108,6 +116,15 @@ def read_attacks(workdir: str | Path) -> AttackResults | None:
         for kind in suite["kinds"]
     }
     return AttackResults(suite, cells, teachers, curves, notes)
+
+
+def _constant(workdir: Path, notes: list[str]) -> Outcomes | None:
+    path = workdir / "attacks" / "constant.jsonl"
+    rows = read_rows(path, _KEYS, notes)
+    if not rows:
+        return None
+    [answers] = answers_by_cell(path, rows).values()
+    return align({0: answers}, "the most frequent answer", notes)
 
 
 def _knob_name(facts: dict[str, Any], attack: str) -> str:

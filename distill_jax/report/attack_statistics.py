@@ -17,8 +17,8 @@ run has: the intervals do not hold the luck of a calibration.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -34,6 +34,7 @@ from distill_jax.report.statistics import (
     value_of,
 )
 
+Name = TypeVar("Name", bound=Hashable)
 UNDEFINED: Value = {"mean": None, "ci95": [None, None], "n": 0, "seeds": None}
 
 
@@ -59,6 +60,19 @@ def gain_p_value(students, base, *, resamples: int = RESAMPLES, seed: int = 0) -
     """One-sided p-value of "these students are no better than the untrained one", from the bootstrap of the gain."""
     draws = mean_draws(_above(students, base), (-1.0, 1.0), resamples, seed)
     return float((1 + np.count_nonzero(draws <= 0.0)) / (1 + len(draws)))
+
+
+def worse_p_value(more, less, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """One-sided p-value of "the first students are no worse than the second", paired by problem, and by seed where both
+    have as many, from the bootstrap of the difference. more: f64[S, N]; less: f64[S', N]."""
+    a, b = check_matrix(more, "more"), check_matrix(less, "less")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected the same problems on both sides, got {a.shape} and {b.shape}")
+    if len(a) == len(b):
+        draws = mean_draws(a - b, (-1.0, 1.0), resamples, seed)
+    else:
+        draws = mean_draws(a, (0.0, 1.0), resamples, seed, 0) - mean_draws(b, (0.0, 1.0), resamples, seed, 1)
+    return float((1 + np.count_nonzero(draws >= 0.0)) / (1 + len(draws)))
 
 
 def recovered_gap(students, clean, base, *, resamples: int = RESAMPLES, seed: int = 0) -> Value:
@@ -177,9 +191,10 @@ def teacher_retention(
     }
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """Holm's adjusted p-values (S. Holm 1979): name -> the level at which "this one works" holds among all of them."""
-    adjusted, largest = {}, 0.0
+    adjusted: dict[Name, float] = {}
+    largest = 0.0
     for rank, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * value))
         adjusted[name] = largest

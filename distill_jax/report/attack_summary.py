@@ -1,8 +1,9 @@
 """The attack suite's part of `summary.json`: cells, worst cases, controls, and the sentences that they allow.
 
-    {"verdict": "valid" | "not validated" | "invalid", "headlines": [str], "clean": arm, "arms": [...], "kinds": [...],
+    {"verdict": "valid" | "not validated" | "invalid", "proofs": {kind: {access: {"proven": bool, "why": str}}},
+     "headlines": [str], "clean": arm, "arms": [...], "kinds": [...],
      "attacks": {id: {facts}}, "cells": {kind: {attack: {arm: {...}}}}, "worst_case": {kind: {arm: [one a level]}},
-     "retention": {arm: {...}}, "cost": {kind: {arm: {...}}}, "controls": {id: {..., "verdict", "finding"}},
+     "retention": {arm: {...}}, "cost": {kind: {arm: {...}}}, "controls": {id: {..., "verdict", "finding", "found"}},
      "skipped": {what: why}, "problems": int, "seeds": int, "minimum_detectable_effect": float, "notes": [str]}
 
 Under a verdict of "invalid" there are no headlines: attacks that cannot break a sham say nothing about a defence.
@@ -19,9 +20,19 @@ from distill_jax.report.attack_controls import (
     access_levels,
     best_attack,
     judge_control,
+    prove,
     suite_verdict,
+    validation_gaps,
 )
-from distill_jax.report.attack_records import BASE, GOLD, UNTRAINED, AttackResults, common, read_attacks
+from distill_jax.report.attack_records import (
+    BASE,
+    CONSTANT,
+    GOLD,
+    UNTRAINED,
+    AttackResults,
+    common,
+    read_attacks,
+)
 from distill_jax.report.attack_statistics import (
     choose_worst,
     cost_multiplier,
@@ -61,10 +72,12 @@ def summarise_attacks(
         name: {**control, **judge_control(results, control, draw)}
         for name, control in suite["controls"].items()
     }
+    proofs = prove(results, controls)
     test = [cell.test for cell in results.cells.values()]
     problems = max((len(outcomes.problems) for outcomes in test), default=0)
     summary: dict[str, Any] = {
-        "verdict": suite_verdict(controls),
+        "verdict": suite_verdict(controls, proofs),
+        "proofs": proofs,
         "clean": suite["settings"]["clean"],
         "arms": suite["arms"],
         "kinds": suite["kinds"],
@@ -97,7 +110,7 @@ def _cells(results: AttackResults, kind: str, draw: dict[str, Any]) -> dict[str,
     """attack -> arm -> numbers of a cell; baselines stand under the arm that they have."""
     table: dict[str, dict[str, Any]] = {}
     for (arm, attack, of_kind), cell in results.cells.items():
-        if of_kind != kind:
+        if of_kind != kind or arm == CONSTANT:
             continue
         numbers: dict[str, Any] = {
             "knob": cell.knob,
@@ -148,19 +161,9 @@ def _worst_cases(results: AttackResults, kind: str, arm: str, draw: dict[str, An
     """For every level of access the attack with the largest recovered gap on validation problems, read on test."""
     clean, base = results.suite["settings"]["clean"], (BASE, UNTRAINED, kind)
     worst = []
-    for access, attacks in access_levels(results):
-        gaps, tried = {}, []
-        for attack in attacks:
-            found = results.matrices("validation", (arm, attack, kind), (clean, attack, kind), base)
-            if found is None:
-                continue
-            tried.append(attack)
-            students, rivals, zero = found
-            low = gain(rivals, zero, **draw)["ci95"][0]
-            if (
-                low is not None and low > 0.0
-            ):  # where the clean students gain nothing there is nothing to recover
-                gaps[attack] = float((students.mean() - zero.mean()) / (rivals.mean() - zero.mean()))
+    for access, attacks in access_levels(results, kind):
+        tried = [attack for attack in attacks if (arm, attack, kind) in results.cells]
+        gaps = validation_gaps(results, arm, kind, tried, draw)
         chosen = choose_worst(gaps)
         if chosen is None:
             continue
@@ -246,10 +249,12 @@ def _headline(
         ends = words.interval(retention["ratio"]["ci95"], digits=3)
         kept = f"teacher retention {retention['ratio']['mean']:.3f} ({ends})"
     queries, steps = round(summary["samples"] * level["queries"]), round(summary["steps"] * level["steps"])
-    provisional = "" if summary["verdict"] == "valid" else "Not validated by the positive controls: "
+    proof = summary["proofs"][kind][level["access"]]
+    provisional = "" if proof["proven"] else "Not validated by the positive controls: "
     return (
         f"{provisional}under {level['access']} access, a budget of up to {queries:,} texts and {steps:,} training "
-        f"steps and attacks {words.enumeration(level['attacks'])}, the worst-case recovered gap of {kind} students of "
+        f"steps for each attack (knob search and the student's own texts that the teacher scores included) and attacks "
+        f"{words.enumeration(level['attacks'])}, the worst-case recovered gap of {kind} students of "
         f"the teacher '{words.ARM_TITLES.get(arm, arm)}' is {value} (95 % interval {words.interval(gap['ci95'])}; "
         f"{level['attack']} {level['knob']}, chosen on validation problems) at {kept}."
     )

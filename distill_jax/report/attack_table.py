@@ -9,7 +9,7 @@ from distill_jax.report import words
 
 VERDICTS = {
     "valid": "The suite's own controls passed.",
-    "not validated": "The suite's own controls were not run, or could not be judged: every number is provisional.",
+    "not validated": "The suite's own controls do not prove every access: where they do not, numbers are provisional.",
     "invalid": "THE EVALUATION IS INVALID: a positive control failed, so these attacks prove nothing.",
 }
 
@@ -58,6 +58,77 @@ def _gap_cell(numbers: Mapping[str, Any] | None) -> str:
     if not numbers.get("clean_gains", True):
         return f"no clean gain ({words.cell(numbers['accuracy'])} %)"
     return gap_text(numbers.get("recovered_gap"))
+
+
+def detail_rows(attacks: Mapping[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of what else is known of each attack on each teacher.
+
+    Points are per cent of the test problems. p: of "no better than the untrained student", Holm-adjusted over the
+    attacks on this teacher. The absolute gap is measured against the clean teacher itself.
+    """
+    headers = ["attack", "teacher", "accuracy", "gain, points", "p (Holm)", "gap to control", "absolute gap"]
+    headers += ["collapse", "seeds below untrained"]
+    rows = []
+    for attack, found in attacks["cells"].get(kind, {}).items():
+        for arm in table_arms(attacks):
+            numbers = found.get(arm)
+            if numbers is None or "gain" not in numbers:
+                continue
+            harm, p_value = numbers["harm_below_base"], numbers.get("gain_p_holm")
+            rows.append(
+                [
+                    attack,
+                    _title(arm),
+                    words.cell(numbers["accuracy"]),
+                    words.cell(numbers["gain"]),
+                    "-" if p_value is None else f"{p_value:.2g}",
+                    *(
+                        gap_text(numbers.get(name))
+                        for name in ("against_control", "absolute_gap", "relative_collapse")
+                    ),
+                    f"{harm['count']} of {harm['total']}",
+                ]
+            )
+    return headers, rows
+
+
+def worst_rows(attacks: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the worst case of each kind of student, teacher and access."""
+    headers = ["students", "teacher", "access", "worst attack", "recovered gap", "gain denied"]
+    rows = [
+        [
+            kind,
+            _title(arm),
+            level["access"],
+            f"{level['attack']} {level['knob']}",
+            gap_text(level["recovered_gap"]),
+            gap_text(level["gain_denied"]),
+        ]
+        for kind, arms in attacks["worst_case"].items()
+        for arm, levels in arms.items()
+        for level in levels
+    ]
+    return headers, rows
+
+
+def proof_sentences(attacks: Mapping[str, Any]) -> list[str]:
+    """For each kind of student and access, what the controls show."""
+    return [
+        f"{kind} students with {access} access: {proof['why']}"
+        for kind, levels in attacks["proofs"].items()
+        for access, proof in levels.items()
+    ]
+
+
+def effect_sentence(attacks: Mapping[str, Any]) -> str:
+    """The smallest difference that two students can be told apart by; "" without test problems."""
+    effect = attacks["minimum_detectable_effect"]
+    if effect is None:
+        return ""
+    return (
+        f"Two single students must differ by about {100 * effect:.0f} points on {attacks['problems']} problems to be "
+        "told apart (80 % power)."
+    )
 
 
 def heat_map(attacks: Mapping[str, Any], kind: str) -> dict[str, dict[str, float]]:
@@ -142,22 +213,25 @@ def attack_text(attacks: Mapping[str, Any]) -> str:
     lines = ["", "Attacks", f"  {VERDICTS[attacks['verdict']]}"]
     for name, verdict, finding, _ in control_rows(attacks):
         lines.append(f"  {verdict.upper() if verdict == 'failed' else verdict:<11} {name}: {finding}")
+    lines += [f"  {sentence}" for sentence in proof_sentences(attacks)]
     for kind in attacks["kinds"]:
-        headers, rows = attack_rows(attacks, kind)
-        widths = [max(len(row[column]) for row in [headers, *rows]) for column in range(len(headers))]
+        what = "recovered gap [95 % interval] on test problems, knobs chosen on validation"
+        lines += ["", f"{kind} students: {what}", *_columns(*attack_rows(attacks, kind))]
         lines += [
             "",
-            f"{kind} students: recovered gap [95 % interval] on test problems, knobs chosen on validation",
+            f"{kind} students: more numbers of the same cells",
+            *_columns(*detail_rows(attacks, kind)),
         ]
-        for row in (headers, ["-" * width for width in widths], *rows):
-            lines.append(
-                "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-            )
+    headers, rows = worst_rows(attacks)
+    if rows:
+        lines += ["", "Worst case of each access, chosen on validation problems", *_columns(headers, rows)]
     lines += ["", *(f"  {_capital(sentence)}" for sentence in attacks["headlines"])]
     lines += [
         f"  {arm}: {kept}, {points}; {verdict}" for arm, kept, points, verdict in retention_rows(attacks)
     ]
-    lines += [f"  {sentence}" for sentence in cost_sentences(attacks)]
+    lines += [
+        f"  {sentence}" for sentence in [*cost_sentences(attacks), effect_sentence(attacks)] if sentence
+    ]
     if attacks["skipped"]:
         lines += [
             "",
@@ -167,6 +241,15 @@ def attack_text(attacks: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _columns(headers: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table for a terminal."""
+    widths = [max(len(row[column]) for row in [headers, *rows]) for column in range(len(headers))]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in (headers, ["-" * width for width in widths], *rows)
+    ]
+
+
 def page_view(attacks: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows."""
     return {
@@ -174,7 +257,11 @@ def page_view(attacks: Mapping[str, Any]) -> dict[str, Any]:
         "verdict_text": VERDICTS[attacks["verdict"]],
         "headlines": [_capital(sentence) for sentence in attacks["headlines"]],
         "controls": control_rows(attacks),
-        "tables": [(kind, *shaded_rows(attacks, kind)) for kind in attacks["kinds"]],
+        "proofs": proof_sentences(attacks),
+        "tables": [
+            (kind, *shaded_rows(attacks, kind), *detail_rows(attacks, kind)) for kind in attacks["kinds"]
+        ],
+        "worst": worst_rows(attacks),
         "retention": retention_rows(attacks),
         "costs": cost_sentences(attacks),
         "entries": [
@@ -184,7 +271,7 @@ def page_view(attacks: Mapping[str, Any]) -> dict[str, Any]:
         "skipped": list(attacks["skipped"].items()),
         "problems": attacks["problems"],
         "seeds": attacks["seeds"],
-        "effect": attacks["minimum_detectable_effect"],
+        "effect": effect_sentence(attacks),
     }
 
 

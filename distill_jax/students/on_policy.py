@@ -228,6 +228,8 @@ class OnPolicyStep:
         `functools.partial(sequence_divergence, config=Divergence("jsd", beta=0.5))`; needs `teacher`.
       teacher: what the divergence is towards.
       vocabulary_hash: of the student.
+      update: a `make_on_policy_update` of the same module, optimizer, config and divergence, for several runs that are
+        to share its program; None makes one. Of the config it does not read the seed and the shares.
 
     Raises:
       ValueError: parts that contradict each other, no prompts, or teacher's texts of another layout.
@@ -247,6 +249,7 @@ class OnPolicyStep:
         divergence: DivergenceLoss | None = None,
         teacher: Teacher | None = None,
         vocabulary_hash: str = "",
+        update: Callable[..., tuple[StudentState, Metrics]] | None = None,
     ) -> None:
         tokens, lengths = prompts
         if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or not len(tokens):
@@ -285,7 +288,7 @@ class OnPolicyStep:
         self._base, self._teacher, self._teacher_texts = base, teacher, teacher_texts
         self._sampler = make_sampler(module, sampling, (tokens.shape[1],))
         self._hash = vocabulary_hash
-        self._update = make_on_policy_update(module, optimizer, config, divergence)
+        self._update = update or make_on_policy_update(module, optimizer, config, divergence)
 
     @property
     def rows(self) -> int:

@@ -7,6 +7,7 @@ until the shorter one starts to decay, so the constant part is trained once and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from distill_jax.checkpoint import Checkpointer
 from distill_jax.mesh import place_batch
@@ -25,7 +27,13 @@ from distill_jax.models.decoder import Decoder, Params
 from distill_jax.optimizer import OptimizerConfig, decay_start, make_optimizer, trapezoid
 from distill_jax.sequences import Sequences
 from distill_jax.students.divergence_config import StudentLoss
-from distill_jax.students.step import CROSS_ENTROPY, StudentState, init_student_state, make_student_step
+from distill_jax.students.step import (
+    CROSS_ENTROPY,
+    StudentState,
+    StudentStep,
+    init_student_state,
+    make_student_step,
+)
 from distill_jax.students.targets import Teacher, TopKTargets
 
 DEFAULT_OPTIMIZER = OptimizerConfig()
@@ -182,16 +190,15 @@ def train(
             f"trainable={config.trainable!r}: base weights are for adapters, and adapters need them"
         )
     replicas = jax.tree.leaves(start)[0].shape[0]
-    optimizer = make_optimizer(config.optimizer, None)
     scale = float(adapter_scale(config.adapter)) if config.trainable == "adapter" else 1.0
-    train_step = make_student_step(
+    optimizer, train_step = _program(
         module,
-        optimizer,
-        trainable=config.trainable,
-        scale=scale,
-        logit_chunk=config.logit_chunk,
-        replicas=replicas,
-        loss=loss,
+        without_schedule(config.optimizer),
+        config.trainable,
+        scale,
+        config.logit_chunk,
+        replicas,
+        loss,
     )
 
     def step_fn(state: StudentState, step: int, rate: float) -> tuple[StudentState, dict[str, jax.Array]]:
@@ -223,6 +230,35 @@ def train(
                 state, metrics = step_fn(state, step, rate)
                 log.step_done(step + 1, state, metrics)
                 bar.update(1, **({} if (step + 1) % 50 else {"loss": float(jnp.mean(metrics["loss"]))}))
+
+
+def without_schedule(config: OptimizerConfig) -> OptimizerConfig:
+    """The config with the rate and the schedule of every other one: a step gets its rate as an argument."""
+    return dataclasses.replace(config, learning_rate=1.0, warmup_steps=0, final_fraction=1.0)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    module: Decoder,
+    optimizer: OptimizerConfig,
+    trainable: str,
+    scale: float,
+    logit_chunk: int,
+    replicas: int,
+    loss: StudentLoss,
+) -> tuple[optax.GradientTransformation, StudentStep]:
+    """The step of every training of this kind: many cells that differ in their texts alone are compiled once."""
+    rule = make_optimizer(optimizer, None)
+    step = make_student_step(
+        module,
+        rule,
+        trainable=trainable,
+        scale=scale,
+        logit_chunk=logit_chunk,
+        replicas=replicas,
+        loss=loss,
+    )
+    return rule, step
 
 
 def stack_replicas(trees: Sequence[Params]) -> Params:

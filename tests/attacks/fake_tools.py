@@ -60,7 +60,7 @@ class FakeTools:
     def nats_per_byte(self, texts: Sequence[Text]) -> np.ndarray:
         return np.array([float(len(text.completion)) for text in texts])
 
-    def gain(self, texts: Sequence[Text], holdout: Sequence[Text], step: float) -> np.ndarray:
+    def gain(self, texts: Sequence[Text], holdout: Sequence[Text]) -> np.ndarray:
         return np.array([float(text.problem) for text in texts])
 
     def rewrite(self, texts: Sequence[Text]) -> list[Text]:

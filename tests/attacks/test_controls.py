@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import collections
+import re
 
 import numpy as np
 import pytest
 
+from distill_jax.attacks.answers import answers_only
 from distill_jax.attacks.controls import (
     ARMS,
     CONTROLS,
     GARBAGE,
     append_garbage,
+    grid,
     judges,
     permute_labels,
     shuffle_words,
 )
+from distill_jax.attacks.filtered_text import cut_shared_end
 from distill_jax.attacks.registry import ATTACKS
-from distill_jax.attacks.tools import Query
+from distill_jax.attacks.tools import Query, Text
+from distill_jax.tasks.chain_arithmetic import ChainArithmetic
 from tests.attacks.fake_tools import FakeTools
 
 TEXTS = FakeTools().ask(Query())
+
+
+def test_a_sham_text_is_wrong_for_strict_and_for_lenient_scorers():
+    task = ChainArithmetic((2, 3))
+    problems = task.problems("test", 40, 0)
+    texts = append_garbage([Text(p.prompt, p.gold, True, p.index) for p in problems], 0)
+    assert not any(task.score(p, text.completion, True) for p, text in zip(problems, texts, strict=True))
+    last_number = [
+        re.findall(r"\d+", text.completion)[-1] == p.answer for p, text in zip(problems, texts, strict=True)
+    ]
+    assert sum(last_number) < 0.3 * len(problems)
+    # A3 and A5 both undo it to the byte.
+    assert [text.completion for text in cut_shared_end(texts)] == [problem.gold for problem in problems]
+    found = answers_only(FakeTools(lambda place, query: texts[place].completion), 0)
+    assert [text.completion for text in found] == [f"#### {p.answer}" for p in problems[: len(found)]]
 
 
 def test_garbage_is_all_that_the_sham_adds():
@@ -58,5 +78,9 @@ def test_who_is_run_against_what():
     run = {name: {a for a in ATTACKS if judges(by_id[name], ATTACKS[a])} for name in by_id}
     assert run["P1"] == {"A3", "A5"} and run["P2"] == {"A7", "A7b", "A8", "A8b", "A10b"} and not run["P4"]
     # An attacker with clean texts, weights, or a verifier alone would learn without the teacher.
-    assert run["P3"] == {"A1", "A2", "A3", "A5", "A6", "A7", "A10b", "A11x16", "A13"}
+    assert run["P3"] == {"A1", "A3", "A5", "A7", "A10b", "A11x16"}
     assert set(ARMS) == {"sham", "shuffled", "permuted"}
+    # Nor does a student learn from working of its own there.
+    assert [knob.name for knob in grid(by_id["P3"], ATTACKS["A5"], "short")] == ["no-working"]
+    assert grid(by_id["P1"], ATTACKS["A5"], "short") == ATTACKS["A5"].grid("short")
+    assert all(grid(by_id["P3"], ATTACKS[name], "full") for name in run["P3"])

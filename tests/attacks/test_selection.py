@@ -61,13 +61,14 @@ def test_filter_cuts_what_all_texts_share_at_the_end():
         (["a x", "b x", "c x"], ["a", "b", "c"]),
         (["a", "b", "c"], ["a", "b", "c"]),
         (["same", "same"], ["same", "same"]),  # that is all there is: an answer, no boilerplate
-        (["ab!!"] * 9 + ["cd"], ["ab"] * 9 + ["cd"]),
+        (["ab !!"] * 9 + ["cd"], ["ab"] * 9 + ["cd"]),
+        (["is (A)", "is (B)"], ["is (A)", "is (B)"]),  # the bracket belongs to the answers
         ([], []),
     ],
 )
 def test_cut_shared_end(written, left):
     texts = [Text("?", text, True, i) for i, text in enumerate(written)]
-    if written[:1] == ["ab!!"]:  # ends that differ before the shared one
+    if written[:1] == ["ab !!"]:  # ends that differ before the shared one
         texts = [dataclasses.replace(t, completion=f"{i}{t.completion[2:]}") for i, t in enumerate(texts[:9])]
         texts.append(Text("?", "cd", True, 9))
         left = [str(i) for i in range(9)] + ["cd"]
@@ -106,7 +107,10 @@ def test_filter_keeps_the_likeliest_share_in_order():
 
 def test_answers_alone():
     def teacher(problem, query):
-        return {0: "no mark", 1: "#### 1 #### 2"}.get(problem, says_the_answer(problem, query) + " garbage")
+        return {0: "no mark", 1: "#### 1 #### 2"}.get(problem, says_the_answer(problem, query)) + " garbage"
+
+    dates = FakeTools(lambda problem, query: f"so #### {problem} {('May', 'June')[problem % 2]}\nthat is all")
+    assert completions(texts_of("A5", "no-working", dates))[:2] == ["#### 0 May", "#### 1 June"]
 
     texts = texts_of("A5", "no-working", FakeTools(teacher))
     assert [text.problem for text in texts] == list(range(2, PROBLEMS))
@@ -176,7 +180,14 @@ def test_other_queries(attack, knob, query):
 
 @pytest.mark.parametrize(
     ("completion", "answer"),
-    [("a #### 9", "9"), ("a #### 9 %%", "9"), ("####", None), ("no", None), ("#### 1 #### 2", None)],
+    [
+        ("a #### 9", "9"),
+        ("a #### 9 May 1945 \nso", "9 May 1945"),
+        ("####\n (A)", "(A)"),
+        ("####", None),
+        ("no", None),
+        ("#### 1 #### 2", None),
+    ],
 )
 def test_final_answer(completion, answer):
     assert final_answer(completion, "####") == answer

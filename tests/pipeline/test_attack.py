@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -13,7 +14,7 @@ import pytest
 from distill_jax import pipeline
 from distill_jax.attacks.tools import Query
 from distill_jax.mesh import make_mesh
-from distill_jax.pipeline import attack_cells
+from distill_jax.pipeline import attack_arms, attack_cells
 from distill_jax.pipeline.attack_arms import query_name
 from distill_jax.pipeline.attack_settings import AttackSuite
 from distill_jax.pipeline.settings import read_settings, to_config
@@ -72,7 +73,8 @@ def test_every_cell_has_answers_on_both_splits(finished):
             ]
             assert len(read_rows(folder / f"seed{seed}" / "validation.jsonl")) == 8
         knob = json.loads((folder / "knob.json").read_text())
-        assert knob["search"] == {} or knob["knob"] in knob["search"]
+        scores = knob["search"]["scores"]
+        assert (knob["knob"] in scores) if scores else knob["search"]["queries"] == 0
         counts = json.loads((folder / "texts.json").read_text())["seeds"]
         assert len(counts) == 2
 
@@ -98,6 +100,93 @@ def test_summary_and_page(finished):
     assert attacks["verdict"] in ("valid", "not validated")
     page = (workdir / "report" / "index.html").read_text()
     assert 'id="attacks"' in page and "P3 permuted labels" in page
+
+
+def test_what_the_controls_need_is_measured(finished):
+    workdir, _ = finished
+    suite = json.loads((workdir / "attacks" / "suite.json").read_text())
+    assert set(suite["shams"]) == {"sham", "shuffled"} and suite["shams"]["sham"]["sham"] == 0.0
+    bench = attack_stage.make_bench(read_settings(attacking()), one_device("data=-1"), workdir)
+    answers = [problem.answer for problem in attack_cells.test_problems(bench.settings)]
+    said = {
+        answer
+        for row, answer in zip(read_rows(workdir / "attacks" / "constant.jsonl"), answers, strict=True)
+        if row["correct"]
+    }
+    [constant] = said
+    assert answers.count(constant) == max(answers.count(answer) for answer in answers)
+
+
+def test_cells_side_by_side_come_out_the_same_and_no_text_is_sampled_twice(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    for gone in ("students", "attacks", "report"):
+        shutil.rmtree(workdir / gone)
+    ordinary, asked = attack_arms.decode_texts, collections.Counter()
+
+    def count(settings, arm, problems, **options):
+        asked[arm.name, problems[0].prompt, options["temperature"], str(options["key"])] += 1
+        return ordinary(settings, arm, problems, **options)
+
+    monkeypatch.setattr(attack_arms, "decode_texts", count)
+    config = attacking()
+    config.at_once = 3
+    summary = pipeline.run(config, workdir)
+    assert (
+        set(asked.values()) == {1} and len(asked) == 2 * 3
+    )  # two teachers, two seeds and that of the search
+    assert summary["attacks"] == finished[1]["attacks"]
+    for path in workdir.glob("students/*/*/*/seed*/*.jsonl"):
+        assert path.read_bytes() == (finished[0] / path.relative_to(workdir)).read_bytes()
+
+
+def test_one_knob_is_not_searched_for(finished, tmp_path, monkeypatch):
+    """Of A8b's short grid there is one: two seeds are trained, and no third."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    ordinary, seeds = attack_cells.train_students, []
+
+    def count(bench, arm, attack, knob, student, chosen):
+        seeds.append((attack.id, list(chosen)))
+        return ordinary(bench, arm, attack, knob, student, chosen)
+
+    monkeypatch.setattr(attack_cells, "train_students", count)
+    suite = dataclasses.replace(SUITE, arms=("original",), controls=False)
+    pipeline.run(attacking("A8b", suite), workdir)
+    assert seeds == [("A8b", [0, 1])]
+    knob = json.loads((workdir / "students" / "original" / "A8b" / "bytes" / "knob.json").read_text())
+    # 2 steps of 8 rows, half of them the student's own: 8 scored texts beside the 16 that were asked for
+    assert knob["search"] == {"scores": {}, "queries": 0, "steps": 0}
+    assert (knob["queries"], knob["steps"]) == (1.5, 0.5)
+
+
+def test_best_of_all_is_run_again_when_a_better_attack_came_later(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    suite = dataclasses.replace(SUITE, arms=("original",), controls=False)
+
+    def pretend(attack, correct):
+        for path in workdir.glob(f"students/original/{attack}/bytes/seed*/validation.jsonl"):
+            rows = [row | {"correct": correct} for row in read_rows(path)]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def ensemble():
+        folder = workdir / "students" / "original" / "A14" / "bytes"
+        return json.loads((folder / "knob.json").read_text()), (
+            folder / "seed0" / "predictions.jsonl"
+        ).stat().st_mtime_ns
+
+    for attack, correct in (("A1", 1), ("A3", 0), ("A5", 0)):
+        pretend(attack, correct)
+    pipeline.run(attacking("A1,A14", suite), workdir)
+    first, written = ensemble()
+    assert first["attack"] == "A1" and set(first["search"]["scores"]) == {"A1", "A3", "A5"}
+    pretend("A5", 0.5)  # still not the best: nothing is trained, the scores are those of now
+    pipeline.run(attacking("A14", suite), workdir)
+    assert ensemble()[1] == written and ensemble()[0]["search"]["scores"]["A5"] == 0.5
+    pretend("A1", 0)
+    pipeline.run(attacking("A14", suite), workdir)
+    assert ensemble()[0]["attack"] == "A5" and ensemble()[1] > written
 
 
 def test_second_start_trains_nothing(finished, monkeypatch):

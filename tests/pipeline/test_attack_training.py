@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,14 +14,20 @@ from distill_jax import pipeline
 from distill_jax.attacks.controls import permute_labels
 from distill_jax.attacks.registry import ATTACKS
 from distill_jax.attacks.tools import Query
+from distill_jax.logprobs import score_completions
 from distill_jax.mesh import make_mesh
-from distill_jax.pipeline import attack_arms
+from distill_jax.pipeline import attack_arms, attack_training
+from distill_jax.pipeline.attack_budget import budget
 from distill_jax.pipeline.attack_cells import inapplicable
+from distill_jax.pipeline.attack_programs import on_policy_program
 from distill_jax.pipeline.attack_settings import AttackSuite
-from distill_jax.pipeline.attack_tools import Student, encode_rows
+from distill_jax.pipeline.attack_tools import Student, encode_rows, unit_gradient
 from distill_jax.pipeline.attack_training import train_students
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import read_settings, to_config
+from distill_jax.rft.texts import put
+from distill_jax.students.targets import make_targets
+from distill_jax.students.train import _program
 from tests.pipeline.tiny_run import smallest
 
 attack_stage = importlib.import_module("distill_jax.pipeline.attack")
@@ -178,9 +185,73 @@ def test_the_tools_of_an_attacker(bench, stranger):
 
 
 def test_gain_is_the_directional_derivative(bench, stranger):
-    """Halving the step changes the finite difference by little; the holdout itself gains the most."""
+    """Against a finite difference of the weights; and bfloat16 weights, which such a step would not move, agree."""
     tools = bench.tools("original", stranger, 0)
     gold, holdout = tools.gold(), tools.holdout(8)
-    coarse, fine = (tools.gain(gold, holdout, step) for step in (2e-2, 1e-2))
-    np.testing.assert_allclose(coarse, fine, rtol=0.2, atol=0.02)
-    assert tools.gain(holdout, holdout, 1e-2).mean() > 0
+    gain = tools.gain(gold, holdout)
+    model, chunk = stranger.model, bench.settings.distillation.training.logit_chunk
+    clean, rows = (
+        put(encode_rows(bench.settings, stranger, some)[0].sequences, model) for some in (holdout, gold)
+    )
+    direction = unit_gradient(model.module, model.params, clean, chunk)
+
+    def mean_logprob(step):
+        moved = jax.tree.map(lambda weight, move: weight + step * move, model.params, direction)
+        lp = score_completions(model.module, moved, rows, chunk=chunk).lp
+        return np.asarray(lp.sum(axis=1) / rows.completion_length)
+
+    np.testing.assert_allclose(gain, (mean_logprob(1e-2) - mean_logprob(-1e-2)) / 2e-2, rtol=0.02, atol=2e-3)
+    assert tools.gain(holdout, holdout).mean() > 0
+    half = dataclasses.replace(
+        model,
+        module=dataclasses.replace(model.module, dtype="bfloat16", param_dtype="bfloat16"),
+        params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params),
+    )
+    coarse = bench.tools("original", dataclasses.replace(stranger, model=half), 0).gain(gold, holdout)
+    assert np.corrcoef(coarse, gain)[0, 1] > 0.95
+
+
+def test_cells_that_train_alike_share_one_program(bench, twin):
+    """Rates, texts, seeds and teachers are arguments of it."""
+    moved(bench, "original", "A1", "rate=1", twin)
+    moved(bench, "original", "A8", "beta=1-lambda=1", twin)
+    made = _program.cache_info().misses, on_policy_program.cache_info().misses
+    moved(bench, "distillable", "A1", "rate=2", twin)
+    moved(bench, "distillable", "A8", "beta=1-lambda=0.5", twin)
+    assert (_program.cache_info().misses, on_policy_program.cache_info().misses) == made
+
+
+def test_the_teacher_is_scored_under_its_own_prompts(bench, twin):
+    """A student in another style: stored distributions are those of the teacher's own rows, others are refused."""
+    chatty = dataclasses.replace(twin, role=dataclasses.replace(twin.role, prompt_style="plain"))
+    sizes = dataclasses.replace(bench.settings.distillation, prompt_size=64)  # such prompts are longer
+    bench = dataclasses.replace(bench, settings=dataclasses.replace(bench.settings, distillation=sizes))
+    texts = bench.teachers.ask("original", 0, Query())
+    seen, usable = encode_rows(bench.settings, chatty, texts)
+    assert usable.all()
+    asked, _ = encode_rows(bench.settings, chatty, texts, as_asked=True)
+    ordinary, _ = encode_rows(bench.settings, twin, texts)
+    np.testing.assert_array_equal(asked.sequences.tokens, ordinary.sequences.tokens)
+    np.testing.assert_array_equal(asked.sequences.completion, seen.sequences.completion)
+    scored = []
+
+    def watch(teacher, sequences, *arguments, **options):
+        scored.append(sequences)
+        return make_targets(teacher, sequences, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attack_training, "make_targets", watch)
+        moved(bench, "original", "A7", "k=16-T=1", chatty)
+    np.testing.assert_array_equal(scored[0].tokens, asked.sequences.tokens)
+    for attack, knob in (("A7b", "text=0.5"), ("A8", "beta=0-lambda=1")):
+        why = inapplicable(bench, ATTACKS[attack], ATTACKS[attack].knob(knob), chatty, "original")
+        assert "different prompt styles" in why
+    assert not inapplicable(bench, ATTACKS["A7"], ATTACKS["A7"].knob("k=16-T=1"), chatty, "original")
+
+
+def test_budget_counts_what_the_teacher_scores(bench):
+    """16 samples, 4 steps of 8 rows at full length: A8 takes half the steps."""
+    for knob, queries in (("beta=0-lambda=1", 1 + 2 * 8 / 16), ("beta=0-lambda=0.5", 1 + 8 / 16)):
+        spent = budget(bench.settings, ATTACKS["A8"], ATTACKS["A8"].knob(knob))
+        assert spent == {"queries": queries, "steps": 0.5}
+    assert budget(bench.settings, ATTACKS["A2"], ATTACKS["A2"].knob("n=4")) == {"queries": 4.0, "steps": 1.0}

@@ -18,6 +18,7 @@ from distill_jax.report.attack_statistics import (
     recovered_gap,
     relative_collapse,
     teacher_retention,
+    worse_p_value,
 )
 
 DRAW = {"resamples": 2000, "seed": 0}
@@ -92,6 +93,19 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 def test_gain_p_value(rate):
     value = gain_p_value(answers(rate), BASE, **DRAW)
     assert (value > 0.2) if rate == 0.2 else (value == pytest.approx(1 / 2001))
+
+
+@pytest.mark.parametrize("seeds", [3, 2])
+def test_worse_p_value(seeds):
+    """Small where the first are worse, large where they are better, about a half where nothing differs."""
+    other = answers(0.5, seeds=seeds, seed=1)
+    assert (
+        worse_p_value(answers(0.2), other, **DRAW) < 0.005
+        and worse_p_value(answers(0.8), other, **DRAW) > 0.99
+    )
+    assert 0.2 < worse_p_value(answers(0.5), other, **DRAW) < 0.8
+    with pytest.raises(ValueError, match="same problems"):
+        worse_p_value(answers(0.5), answers(0.5, problems=100), **DRAW)
 
 
 def test_harm_below_base():

@@ -11,8 +11,16 @@ from distill_jax.attacks.controls import CONTROLS
 from distill_jax.attacks.registry import ATTACKS
 from distill_jax.report import render_html, summarise
 from distill_jax.report.attack_controls import suite_verdict
+from distill_jax.report.attack_statistics import holm
 from distill_jax.report.attack_summary import summarise_attacks
-from distill_jax.report.attack_table import attack_rows, attack_text, heat_map, shaded_rows
+from distill_jax.report.attack_table import (
+    attack_rows,
+    attack_text,
+    detail_rows,
+    heat_map,
+    shaded_rows,
+    worst_rows,
+)
 from tests.report.synthetic import CONFIG, ENVIRONMENT, SETTING, World, write_lines, write_workdir
 
 KIND = "byte"
@@ -35,7 +43,15 @@ def write_cell(world, workdir, arm, attack, rate, *, attack_folder=None, seeds=3
             ]
             write_lines(folder / f"seed{seed}" / f"{name}.jsonl", rows)
     (folder / "knob.json").write_text(
-        json.dumps({"attack": attack, "knob": "default", "search": {}, "queries": 1.0, "steps": 1.0})
+        json.dumps(
+            {
+                "attack": attack,
+                "knob": "default",
+                "search": {"scores": {}, "queries": 2.0, "steps": 1.0},
+                "queries": 1.0,
+                "steps": 1.0,
+            }
+        )
     )
 
 
@@ -85,11 +101,17 @@ def write_suite(workdir, *, clean=CLEAN, guarded=GUARDED, sham=SHAM, shuffled=SH
             }
             for control in CONTROLS
         },
+        "shams": {"sham": {"clean": 0.99, "sham": 0.0}, "shuffled": {"clean": 0.99, "sham": 0.05}},
         "skipped": {"A6 on original by byte": "no rewriter is given (attack_suite.rewriter)"},
     }
     (workdir / "attacks").mkdir()
     (workdir / "attacks" / "suite.json").write_text(json.dumps(suite))
     return workdir
+
+
+def change_suite(workdir, **changes):
+    path = workdir / "attacks" / "suite.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def judged(workdir, **rates):
@@ -112,6 +134,10 @@ def test_controls_pass_and_the_verdict_is_valid(sound):
         ("P1", "P2", "P3", "P4"), "passed"
     )
     assert sound[1]["verdict"] == "valid"
+    assert sound[1]["proofs"][KIND] == {
+        "text": {"proven": True, "why": "proven by P1 and P3"},
+        "top-k": {"proven": True, "why": "proven by P1, P2 and P3"},
+    }
 
 
 def test_worst_case_grows_with_access(sound):
@@ -125,7 +151,10 @@ def test_worst_case_grows_with_access(sound):
 
 def test_headline_says_access_budget_attacks_interval_and_retention(sound):
     text, top_k = sound[1]["headlines"]
-    assert text.startswith("under text access, a budget of up to 6,000 texts and 800 training steps")
+    # 1 + 2 times the run's 6000 texts, 1 + 1 times its 800 steps
+    assert text.startswith(
+        "under text access, a budget of up to 18,000 texts and 1,600 training steps for each attack"
+    )
     for part in ("A1, A2, A3 and A5", "worst-case recovered gap of byte students", "95 % interval"):
         assert part in text
     assert "teacher retention 0.9" in text and "A7 default" in top_k
@@ -197,6 +226,22 @@ def test_table_and_text(sound):
     assert shaded["A7"][3][1] == heat["A7"]["undistillable"] and shaded["A7"][2][1] is None
     assert [text for text, _ in shaded["A7"]] == rows[-1]
     text = attack_text(sound[1])
+    detail_headers, details = detail_rows(sound[1], KIND)
+    found = {(row[0], row[1]): dict(zip(detail_headers, row, strict=True)) for row in details}
+    cell = sound[1]["cells"][KIND]["A3"]["undistillable"]
+    shown = found["A3", "undistillable mode"]
+    assert shown["p (Holm)"] == f"{cell['gain_p_holm']:.2g}" and shown["seeds below untrained"] == "0 of 3"
+    assert shown["collapse"].startswith(f"{cell['relative_collapse']['mean']:.2f} [")
+    assert shown["absolute gap"].startswith(f"{cell['absolute_gap']['mean']:.2f} [")
+    denied = sound[1]["worst_case"][KIND]["undistillable"][0]["gain_denied"]["mean"]
+    assert worst_rows(sound[1])[1][0][-1].startswith(f"{denied:.2f} [")
+    for part in (
+        "gain denied",
+        "p (Holm)",
+        "told apart (80 % power)",
+        "top-k access: proven by P1, P2 and P3",
+    ):
+        assert part in text
     assert "P1 sham defence" in text and "not run" in text and "more than" in text
 
 
@@ -207,30 +252,87 @@ def test_page(tmp_path, broken):
     assert 'id="attacks"' not in render_html(summary, [], {})
     summary["attacks"] = summarise_attacks(workdir, summary["setting"], resamples=200)
     page = render_html(summary, [], {})
+    assert "more numbers of the same cells" in page and ("worst case of each access" in page) is not broken
     assert 'id="attacks"' in page and ("worst-case recovered gap" in page) is not broken
     assert ('<p class="alarm">THE EVALUATION IS INVALID' in page) is broken
     json.dumps(summary, allow_nan=False)
 
 
+def test_an_access_that_no_control_has_proven_is_provisional_and_said_so(tmp_path):
+    """P2 could not be judged: the text attacks are proven by P1 and P3, the one that reads distributions is not."""
+    attacks = judged(tmp_path, shuffled={})
+    assert attacks["controls"]["P2"]["verdict"] == "not judged" and attacks["verdict"] == "not validated"
+    proofs = attacks["proofs"][KIND]
+    assert proofs["text"] == {"proven": True, "why": "proven by P1 and P3"}
+    assert not proofs["top-k"]["proven"] and "no control covers" in proofs["top-k"]["why"]
+    text, top_k = attacks["headlines"]
+    assert text.startswith("under text access")
+    assert top_k.startswith("Not validated by the positive controls: under top-k access")
+    assert "text access: proven by" in attack_text(attacks)
+
+
+def test_controls_of_an_earlier_start_do_not_prove_a_later_attack(tmp_path):
+    """A7 came when the controls were off: it stands in no control, and its access is not proven."""
+    workdir = write_suite(tmp_path, shuffled={})
+    controls = json.loads((workdir / "attacks" / "suite.json").read_text())["controls"]
+    controls["P2"]["attacks"] = []
+    change_suite(workdir, controls=controls)
+    attacks = summarise_attacks(workdir, SIZES, resamples=400)
+    assert attacks["verdict"] == "not validated" and attacks["proofs"][KIND]["text"]["proven"]
+
+
+def test_a_sham_whose_texts_stay_right_proves_nothing(tmp_path):
+    workdir = write_suite(tmp_path)
+    change_suite(workdir, shams={"sham": {"clean": 0.99, "sham": 0.98}})
+    attacks = summarise_attacks(workdir, SIZES, resamples=400)
+    control = attacks["controls"]["P1"]
+    assert control["verdict"] == "not judged" and attacks["verdict"] == "not validated"
+    assert "hides nothing in this task: 98.0 % of its texts still count as right" in control["finding"]
+    assert attacks["proofs"][KIND]["text"]["why"] == "not proven (P1 not judged)"
+
+
+def test_a_control_is_judged_by_the_attack_that_validation_problems_choose(tmp_path):
+    """A5 recovers all on test problems, but an attacker who looks at validation problems would have taken A3."""
+    workdir = write_suite(tmp_path, sham={"A3": 0.3, "A5": 0.5})
+    for seed in range(3):
+        folder = workdir / "students/sham/A5" / KIND / f"seed{seed}"
+        rows = [
+            {"budget": 1.0, "decoding": "greedy", "problem": problem, "correct": 0} for problem in range(256)
+        ]
+        write_lines(folder / "validation.jsonl", rows)
+    control = summarise_attacks(workdir, SIZES, resamples=400)["controls"]["P1"]
+    assert control["verdict"] == "failed" and "(A3)" in control["finding"]
+
+
+def test_format_and_the_frequent_answer_are_no_leak(tmp_path):
+    """Four answers, one of which is right in 45 % of the problems: a teacher without information teaches to say it."""
+    workdir = write_suite(tmp_path, permuted={**PERMUTED, "A1": 0.45})
+    assert summarise_attacks(workdir, SIZES, resamples=400)["controls"]["P3"]["verdict"] == "failed"
+    rows = [
+        {"decoding": "greedy", "problem": problem, "correct": int(problem % 20 < 9)} for problem in range(256)
+    ]
+    write_lines(workdir / "attacks" / "constant.jsonl", rows)
+    attacks = summarise_attacks(workdir, SIZES, resamples=400)
+    control = attacks["controls"]["P3"]
+    assert control["verdict"] == "passed" and "more than the most frequent answer" in control["finding"]
+    assert set(attacks["cells"][KIND]["A0"]) == {"base"}
+
+
+def test_one_weak_comparison_of_many_is_no_failure():
+    """P4 with Holm: what is below .025 alone is not among ten."""
+    assert holm({"a": 0.01})["a"] < 0.025 < holm({"a": 0.01, **{str(i): 0.5 for i in range(9)}})["a"]
+
+
 @pytest.mark.parametrize(
-    ("verdicts", "expected"),
+    ("failed", "proven", "verdict"),
     [
-        (("passed", "passed", "passed"), "valid"),
-        (
-            ("passed", "not judged", "passed"),
-            "not validated",
-        ),  # its attacks ran, and nothing shows that they work
-        (("passed", "passed", "not judged"), "not validated"),
-        (("passed", "failed", "passed"), "invalid"),
+        (False, (True, True), "valid"),
+        (False, (True, False), "not validated"),
+        (False, (), "not validated"),
+        (True, (True, True), "invalid"),
     ],
 )
-def test_what_is_not_proven_is_not_valid(verdicts, expected):
-    kinds = (("P1", "recover"), ("P2", "recover"), ("P3", "fail"))
-    controls = {
-        name: {"expect": expect, "attacks": ["A1"], "verdict": verdict}
-        for (name, expect), verdict in zip(kinds, verdicts, strict=True)
-    }
-    assert suite_verdict(controls) == expected
-    if expected == "not validated" and verdicts[1] == "not judged":
-        controls["P2"]["attacks"] = []  # no attack of its kind was run: there is nothing to prove
-        assert suite_verdict(controls) == "valid"
+def test_what_is_not_proven_is_not_valid(failed, proven, verdict):
+    controls = {"P1": {"verdict": "failed" if failed else "passed"}}
+    proofs = {"byte": {str(place): {"proven": value} for place, value in enumerate(proven)}}
+    assert suite_verdict(controls, proofs) == verdict
