@@ -3,8 +3,8 @@
 prepare -> calibrate (arms) -> distil (arms x kinds of student x seeds) -> evaluate -> report
 
 Before the report run, each with what it has not done yet: with `probes` other than "none" the probes
-(`pipeline.probe`), with an arm in `dial` the dial (`pipeline.dial`); and with `attacks` other than "none", report or
-not, the attack suite (`pipeline.attack`).
+(`pipeline.probe`), with an arm in `dial` the dial (`pipeline.dial`), with a `study` the study of what the probes
+predict (`pipeline.study`); and with `attacks` other than "none", report or not, the attack suite (`pipeline.attack`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from distill_jax.mesh import make_mesh
 from distill_jax.pipeline.arms import calibrate_arms, make_task
 from distill_jax.pipeline.attack import attack
 from distill_jax.pipeline.checks import check_start
+from distill_jax.pipeline.coloured_rollouts import colour_rollouts
 from distill_jax.pipeline.dial import dial, dial_settings
 from distill_jax.pipeline.distil import ATTACK, distil
 from distill_jax.pipeline.evaluate import evaluate
@@ -29,12 +30,15 @@ from distill_jax.pipeline.prepare import prepare, role_spec
 from distill_jax.pipeline.probe import chosen, probe
 from distill_jax.pipeline.probe_summary import diagnosis_text, summarise_probes
 from distill_jax.pipeline.settings import STAGES, Settings, apply_modes, from_config, read_settings, to_config
+from distill_jax.pipeline.study import study, study_settings
 from distill_jax.pipeline.workdir import is_done, open_workdir, plain_config, stage_clock
 from distill_jax.report import Setting, summarise, summary_table, write_report, write_summary
 from distill_jax.report.attack_summary import summarise_attacks
 from distill_jax.report.attack_table import attack_text
 from distill_jax.report.dial_summary import summarise_dial
 from distill_jax.report.dial_table import dial_text
+from distill_jax.report.study_summary import summarise_study
+from distill_jax.report.study_table import study_text
 
 __all__ = ["STAGES", "InvalidEvaluationError", "Settings", "from_config", "read_settings", "run", "to_config"]
 
@@ -63,6 +67,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
     chosen(settings)
     if settings.dial.arm:
         dial_settings(settings)
+    if settings.study is not None:
+        study_settings(settings)
     if not settings.stages:
         print(format_plan(settings))
         return None
@@ -84,6 +90,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
     further = {
         "probe": (probe, settings.probes and reporting),
         "dial": (dial, settings.dial.arm and reporting),
+        "study": (study, settings.study is not None and reporting),
         "attack": (attack, settings.attacks),
     }
     for stage, (do, wanted) in further.items():
@@ -93,6 +100,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
                 do(settings, mesh, folder)
     if not reporting:
         return None
+    colour_rollouts(settings, mesh, folder)
     return _report(settings, folder, plain_config(apply_modes(config)))
 
 
@@ -114,6 +122,9 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
     turned = summarise_dial(folder)
     if turned is not None:
         summary["dial"] = turned
+    studied = summarise_study(folder)
+    if studied is not None:
+        summary["study"] = studied
     suite = summarise_attacks(folder, summary["setting"])
     if suite is not None:
         summary["attacks"] = suite
@@ -124,6 +135,8 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
         print(diagnosis_text(summary["diagnosis"]))
     if turned is not None:
         print(dial_text(turned))
+    if studied is not None:
+        print(study_text(studied))
     if suite is not None:
         print(attack_text(suite))
     print(f"report: {page}")

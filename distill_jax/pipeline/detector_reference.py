@@ -2,20 +2,26 @@
 
     python -m distill_jax.pipeline.detector_reference WORKDIR [WORKDIR ...] --out FOLDER [--with_original]
 
-Every original and every calibrated teacher of the runs (see `arms`) is sampled on validation problems and measured with
-its run's own proxy. Originals and controls are untouched; controls are what makes the test fair: they were trained with
-the same algorithm on the task alone. FOLDER holds
+Every original and every calibrated teacher of the runs (see `arms`), those of their studies among them (see `study`),
+is sampled on validation problems and measured with its run's own proxy. Originals and controls are untouched; controls
+are what makes the test fair: they were trained with the same algorithm on the task alone. FOLDER holds
 
     reference.json   the rows, what `python -m distill_jax.detect --reference` reads
-    roc.json         scores (untouched models by the other untouched ones), and the ROC: all calibrated against
-                     untouched, and each direction by itself
+    roc.json         `curves`, how well calibrated and untouched teachers are told apart, one seed left out at a time;
+                     from several runs also "unseen_run": one run left out at a time
+
+**One seed left out**: a teacher is judged by a reference without any teacher of its run that was calibrated with its
+seed, so neither it nor its siblings (same problems, same first adapter) are in what it is compared with. The references
+know other teachers of the same original. **One run left out**: they do not even know that; what is left is the question
+that a stranger asks, and the answer of a reference with few originals in it may be poor.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +32,10 @@ from ml_collections import config_dict
 
 from distill_jax.checkpoint import read_json, write_json
 from distill_jax.mesh import make_mesh
-from distill_jax.pipeline.arms import Arm, calibration_record, load_arm, make_task
+from distill_jax.pipeline.arms import Arm, calibration_record, load_arm, load_calibrated, make_task
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Settings, read_settings
+from distill_jax.pipeline.study_teachers import finished_teachers, teacher_folder
 from distill_jax.probes import detector
 from distill_jax.probes.detector import FeatureRow, Setting
 from distill_jax.probes.reference import FEWEST_ROWS, UNTOUCHED
@@ -36,6 +43,11 @@ from distill_jax.probes.subjects import Subject
 from distill_jax.probes.texts import TextPair
 
 _KINDS = {"original": UNTOUCHED, "control": UNTOUCHED}  # every other arm is its own kind
+_HOW = {
+    "seed": "one seed left out: each teacher is judged by a reference without the teachers of its run that were "
+    "calibrated with its seed",
+    "run": "one run left out: each teacher is judged by a reference without any teacher of its run's original",
+}
 _VALIDATION = 3  # added to the run's seed: problems that neither calibration nor the other probes chose on
 
 
@@ -51,7 +63,7 @@ def make_reference(
     """Measures all teachers of some runs and writes reference.json and roc.json.
 
     Args:
-      workdirs: runs of one task with finished arms; arms that are not calibrated yet are left out.
+      workdirs: runs of one task with finished arms, and their studies; what is not calibrated yet is left out.
       out: a folder for the two files.
       with_original: also measure what needs the claimed original. Originals then compare with themselves: their
         log-ratio is 0.
@@ -76,10 +88,13 @@ def make_reference(
                 f"{folder} is asked in another way than {folders[0]}: {setting} and {settings[0]}; make a reference "
                 "from runs of one task"
             )
-    untouched = sum(_KINDS.get(arm, arm) == UNTOUCHED for f, run in runs.items() for arm in _ready(run, f))
-    if untouched <= FEWEST_ROWS:
+    made = [teacher for folder, run in runs.items() for teacher in _ready(run, folder)]
+    untouched = [teacher.group for teacher in made if teacher.kind == UNTOUCHED]
+    left = len(untouched) - max(untouched.count(teacher.group) for teacher in made)
+    if left < FEWEST_ROWS:
         raise ValueError(
-            f"the runs have {untouched} original and control teachers, but a ROC needs more than {FEWEST_ROWS}"
+            f"the runs have {len(untouched)} original and control teachers, {left} of them without the seed that has "
+            f"most, but a ROC needs {FEWEST_ROWS} without it; make more controls (configs/study.py), or give more runs"
         )
     mesh = mesh or make_mesh("data=1", devices=jax.devices()[:1])
     rows: list[FeatureRow] = []
@@ -87,7 +102,11 @@ def make_reference(
         rows += measure_run(run, folder, settings[0], mesh)
     target = Path(out).expanduser().absolute()
     detector.write_reference(target / "reference.json", settings[0], rows)
-    result = curves(rows)
+    result = curves(rows, [teacher.group for teacher in made])
+    runs_of = [teacher.run for teacher in made]
+    untouched_runs = [run for run, row in zip(runs_of, rows, strict=True) if row.untouched]
+    if len(untouched_runs) - max(map(untouched_runs.count, runs_of)) >= FEWEST_ROWS:
+        result["unseen_run"] = curves(rows, runs_of, how="run")
     write_json(target / "roc.json", result)
     return result
 
@@ -107,11 +126,15 @@ def measure_run(settings: Settings, workdir: Path, setting: Setting, mesh: Mesh)
     original = subject(load_arm(settings, workdir, teacher, "original"))
     own_of_original = detector.sample_texts(original, task, problems, setting, correct_at)
     rows = []
-    for name in _ready(settings, workdir):
-        suspect = subject(load_arm(settings, workdir, teacher, name))
+    for made in _ready(settings, workdir):
+        if made.of_study:
+            arm = load_calibrated(settings, teacher_folder(workdir, made.name), teacher, made.name)
+        else:
+            arm = load_arm(settings, workdir, teacher, made.name)
+        suspect = subject(arm)
         own = (
             own_of_original
-            if name == "original"
+            if made.name == "original"
             else detector.sample_texts(suspect, task, problems, setting, correct_at)
         )
         found = detector.features(
@@ -121,31 +144,46 @@ def measure_run(settings: Settings, workdir: Path, setting: Setting, mesh: Mesh)
             original=original if setting.original else None,
             original_texts=own_of_original if setting.original else None,
         )
-        eta = calibration_record(workdir, name)["eta"] if name != "original" else 0.0
-        label = f"{workdir.name}/{name} (seed {settings.seed}, eta {eta:g})"
-        rows.append(found.row(label, _KINDS.get(name, name)))
+        label = f"{workdir.name}/{made.name} (seed {made.seed}, eta {made.eta:g})"
+        rows.append(found.row(label, made.kind))
         print(f"detector: measured {label}", flush=True)
     return rows
 
 
-def curves(rows: Sequence[FeatureRow]) -> dict[str, Any]:
-    """{"scores": [{"name", "kind", "score"}], "roc": {kind: {"auc", "ci95", "fpr", "tpr", "positives", "negatives"}}}.
+def curves(
+    rows: Sequence[FeatureRow], groups: Sequence[str] | None = None, how: str = "seed"
+) -> dict[str, Any]:
+    """How well a reference tells calibrated from untouched rows that it does not know.
 
-    The kind "calibrated" is all that is not untouched. There is no curve without positives.
+    Args:
+      rows, groups: see `reference.held_out`. how: "seed" or "run", what the groups are.
+
+    Returns:
+      {"how": in words, "scores": [{"name", "kind", "score", "alarm"}],
+       "roc": {kind: {"auc", "ci95", "fpr", "tpr", "positives", "negatives"}},
+       "detection": {"false_alarm": the rate that was promised, kind: {"rate", "ci95", "n"}}}
+
+      The kind "calibrated" is all that is not untouched, "untouched" among the detections is the false-alarm rate that
+      was met. There is no curve without positives.
 
     Raises:
-      ValueError: see `held_out_scores`.
+      ValueError: see `reference.held_out`.
     """
-    scores = detector.held_out_scores(rows)
+    found = detector.held_out(rows, groups)
     untouched = np.array([row.untouched for row in rows])
     kinds = {kind: np.array([row.kind == kind for row in rows]) for kind in {row.kind for row in rows}}
     kinds = {kind: of for kind, of in sorted(kinds.items()) if kind != UNTOUCHED}
     table = {}
-    for kind, of in {"calibrated": ~untouched, **kinds}.items():
+    detection: dict[str, Any] = {"false_alarm": found.false_alarm}
+    for kind, of in {"calibrated": ~untouched, **kinds, UNTOUCHED: untouched}.items():
         if not of.any():
             continue
+        rate, ends = detector.share(int(found.alarms[of].sum()), int(of.sum()))
+        detection[kind] = {"rate": rate, "ci95": list(ends), "n": int(of.sum())}
+        if kind == UNTOUCHED:
+            continue
         used = of | untouched
-        curve = detector.roc(scores[used], of[used])
+        curve = detector.roc(found.scores[used], of[used])
         table[kind] = {
             "auc": curve.auc,
             "ci95": list(curve.ci95),
@@ -155,10 +193,46 @@ def curves(rows: Sequence[FeatureRow]) -> dict[str, Any]:
             "negatives": int(untouched.sum()),
         }
     named = [
-        {"name": row.name, "kind": row.kind, "score": float(score)}
-        for row, score in zip(rows, scores, strict=True)
+        {"name": row.name, "kind": row.kind, "score": float(score), "alarm": bool(alarm)}
+        for row, score, alarm in zip(rows, found.scores, found.alarms, strict=True)
     ]
-    return {"scores": named, "roc": table}
+    return {"how": _HOW[how], "scores": named, "roc": table, "detection": detection}
+
+
+def curves_text(result: Mapping[str, Any]) -> str:
+    """The areas and rates of `curves` in plain lines."""
+    rates, lines = result["detection"], [f"{result['how']}."]
+    for kind, curve in result["roc"].items():
+        of_kind = rates[kind]
+        lines.append(
+            f"  {kind}: AUC {curve['auc']:.2f} [{', '.join(f'{end:.2f}' for end in curve['ci95'])}], "
+            f"{curve['positives']} against {curve['negatives']} untouched; found {_rate(of_kind)}"
+        )
+    lines.append(
+        f"  untouched: flagged {_rate(rates[UNTOUCHED])}, at a threshold that promises {rates['false_alarm']:.1%} "
+        "at most"
+    )
+    return "\n".join(lines)
+
+
+def _rate(value: Mapping[str, Any]) -> str:
+    low, high = value["ci95"]
+    return (
+        f"{round(value['rate'] * value['n'])} of {value['n']} ({value['rate']:.0%} [{low:.0%}, {high:.0%}])"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A teacher of a run. run, group: its folder; the folder and the seed of its calibration."""
+
+    name: str
+    kind: str
+    eta: float
+    seed: int
+    run: str
+    group: str
+    of_study: bool = False
 
 
 def _read_run(folder: Path) -> Settings:
@@ -181,12 +255,21 @@ def _setting(settings: Settings, with_original: bool, problems: int, samples: in
     )
 
 
-def _ready(settings: Settings, workdir: Path) -> list[str]:
-    return [
-        arm
-        for arm in settings.arms
-        if arm == "original" or (workdir / "arms" / arm / "calibration.json").exists()
-    ]
+def _ready(settings: Settings, workdir: Path) -> list[_Made]:
+    """The teachers of a run that are finished: its arms, then those of its study."""
+
+    def made(name: str, mode: str, eta: float, seed: int, of_study: bool) -> _Made:
+        return _Made(name, _KINDS.get(mode, mode), eta, seed, str(workdir), f"{workdir}:{seed}", of_study)
+
+    found = [made("original", "original", 0.0, settings.seed, False)]
+    for arm in settings.arms:
+        if arm != "original" and (workdir / "arms" / arm / "calibration.json").exists():
+            found.append(made(arm, arm, calibration_record(workdir, arm)["eta"], settings.seed, False))
+    for further in finished_teachers(workdir, settings.seed):
+        found.append(
+            made(further.name, further.mode, further.eta, settings.seed + further.seed, of_study=True)
+        )
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,12 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for kind, curve in result["roc"].items():
-        low, high = curve["ci95"]
-        print(
-            f"{kind}: AUC {curve['auc']:.2f} [{low:.2f}, {high:.2f}], {curve['positives']} against "
-            f"{curve['negatives']} untouched"
-        )
+    print(f"{len(result['scores'])} teachers; {curves_text(result)}")
+    if "unseen_run" in result:
+        print(curves_text(result["unseen_run"]))
     return 0
 
 

@@ -8,7 +8,8 @@ says what was asked for.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import itertools
 import shutil
 import time
 from pathlib import Path
@@ -17,29 +18,15 @@ from typing import Any
 from jax.sharding import Mesh
 
 from distill_jax.checkpoint import read_json, write_json
-from distill_jax.models.adapter import adapter_scale, blend_adapters
+from distill_jax.models.adapter import AdapterConfig, adapter_scale, blend_adapters
 from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task, style_of
-from distill_jax.pipeline.distil import (
-    decode_texts,
-    encode_texts,
-    student_problems,
-    student_start,
-    teacher_key,
-)
-from distill_jax.pipeline.evaluate import (
-    DECODINGS,
-    judge,
-    student_answers,
-    teacher_answers,
-    test_problems,
-    text_gaps,
-)
+from distill_jax.pipeline.at_once import run_at_once
+from distill_jax.pipeline.evaluate import DECODINGS, teacher_answers, test_problems, text_gaps
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Settings
-from distill_jax.sequences import Sequences
-from distill_jax.students.train import Batches, train
+from distill_jax.pipeline.short_students import short_answers, short_settings, train_short
 from distill_jax.tasks.base import Problem, Task
 
 # What decides a position's numbers, besides the position.
@@ -69,25 +56,30 @@ def dial(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     arms = {name: load_arm(settings, workdir, teacher, name) for name in (chosen.arm, chosen.other) if name}
     proxy = load_role(settings, mesh, workdir, "proxy")
     student = load_role(settings, mesh, workdir, f"student_{kind}")
-    task, problems = make_task(settings, mesh), test_problems(settings)
-    for number, (curve, position) in enumerate(points, start=1):
+    problems = test_problems(settings)
+    done = itertools.count(1)
+
+    def measure(curve: str, position: float) -> None:
         started = time.monotonic()
-        arm = _turned(settings, teacher, arms, curve, position)
-        rows, texts = teacher_answers(settings, arm, task, problems)
+        task, other = make_task(settings, mesh), arms.get(chosen.other)
+        arm = turned(settings.calibration.adapter, teacher, arms[chosen.arm], other, curve, position)
+        training = _training(workdir) / arm.name
+        trained = train_short(settings, arm, student, training, f"dial {curve} {position:g}")
         point = {
             "position": position,
-            "teacher": _by_decoding(rows),
-            "gap_per_byte": text_gaps(settings, teacher, proxy, texts),
-            "bytes": [len(row["completion"].encode()) for row in texts],
-            "style": [style_of(settings, row["completion"]) for row in texts],
-            **_students(settings, workdir, arm, student, kind, task, problems, f"dial {curve} {position:g}"),
+            **teacher_numbers(settings, arm, teacher, proxy, task, problems),
+            **short_answers(settings, student, trained, task, problems),
             "wall_clock_s": time.monotonic() - started,
         }
         write_json(point_path(workdir, curve, position), point)
-        shutil.rmtree(_training(workdir), ignore_errors=True)
+        shutil.rmtree(training, ignore_errors=True)
         print(
-            f"dial {number}/{len(points)}: {curve} at {position:g}, {point['wall_clock_s']:.0f} s", flush=True
+            f"dial {next(done)}/{len(points)}: {curve} at {position:g}, {point['wall_clock_s']:.0f} s",
+            flush=True,
         )
+
+    run_at_once([functools.partial(measure, *point) for point in points], settings.at_once)
+    shutil.rmtree(_training(workdir), ignore_errors=True)
 
 
 def dial_settings(settings: Settings) -> Settings:
@@ -96,7 +88,7 @@ def dial_settings(settings: Settings) -> Settings:
     Raises:
       ValueError: arms or a kind that the run does not have, or arms that have weights of their own.
     """
-    chosen, sizes = settings.dial, settings.distillation
+    chosen = settings.dial
     calibrated = [arm for arm in settings.arms if arm != "original"]
     for field in ("arm", "other"):
         name = getattr(chosen, field)
@@ -108,25 +100,8 @@ def dial_settings(settings: Settings) -> Settings:
         raise ValueError(
             "the dial scales an adapter, but calibration.trainable='params' gives every arm weights of its own"
         )
-    kind = chosen.kind or next(iter(settings.students))
-    if kind not in settings.students:
-        raise ValueError(f"dial.kind is {kind!r}; the run's students are {list(settings.students)}")
-    distillation = dataclasses.replace(
-        sizes,
-        samples=chosen.samples or sizes.samples,
-        steps=chosen.steps or sizes.steps,
-        seeds=chosen.seeds,
-        budgets=(1.0,),
-        long_budgets=(),
-    )
-    evaluation = dataclasses.replace(
-        settings.evaluation, problems=min(chosen.problems, settings.evaluation.problems)
-    )
-    return dataclasses.replace(
-        settings,
-        students={kind: settings.students[kind]},
-        distillation=distillation,
-        evaluation=evaluation,
+    return short_settings(
+        settings, "dial", chosen.kind, chosen.seeds, chosen.samples, chosen.steps, chosen.problems
     )
 
 
@@ -180,14 +155,40 @@ def _open_suite(settings: Settings, workdir: Path, kind: str) -> None:
     write_json(path, suite)
 
 
-def _turned(settings: Settings, teacher: Model, arms: dict[str, Arm], curve: str, position: float) -> Arm:
-    """The teacher with the dial at this position."""
-    config, arm = settings.calibration.adapter, arms[settings.dial.arm]
+def turned(
+    config: AdapterConfig, teacher: Model, arm: Arm, other: Arm | None, curve: str, position: float
+) -> Arm:
+    """The teacher with the dial at this position.
+
+    Args:
+      config: of the adapters. teacher: the original.
+      arm: whose adapter is scaled on the curve of its own name.
+      other: where any other curve begins.
+    """
     name = f"{curve}@{position:g}"
     if curve == arm.name:
         return Arm(name, teacher, arm.adapter, float(adapter_scale(config, position)))
-    blend = blend_adapters([(_adapter(arms[settings.dial.other]), 1.0 - position), (_adapter(arm), position)])
+    assert other is not None
+    blend = blend_adapters([(_adapter(other), 1.0 - position), (_adapter(arm), position)])
     return Arm(name, teacher, blend, float(adapter_scale(config)))
+
+
+def teacher_numbers(
+    settings: Settings, arm: Arm, teacher: Model, proxy: Model, task: Task, problems: list[Problem]
+) -> dict[str, Any]:
+    """What a teacher itself does on the problems.
+
+    Returns:
+      {"teacher": {decoding: [0 or 1]}, "gap_per_byte": [nats or None], "bytes": [int], "style": [str or None]}, one
+      entry a problem; all but the first of its sampled texts.
+    """
+    rows, texts = teacher_answers(settings, arm, task, problems)
+    return {
+        "teacher": _by_decoding(rows),
+        "gap_per_byte": text_gaps(settings, teacher, proxy, texts),
+        "bytes": [len(row["completion"].encode()) for row in texts],
+        "style": [style_of(settings, row["completion"]) for row in texts],
+    }
 
 
 def _adapter(arm: Arm) -> Params:
@@ -199,55 +200,3 @@ def _by_decoding(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
     return {
         decoding: [row["correct"] for row in rows if row["decoding"] == decoding] for decoding in DECODINGS
     }
-
-
-def _students(
-    settings: Settings,
-    workdir: Path,
-    arm: Arm,
-    student: Model,
-    kind: str,
-    task: Task,
-    problems: list[Problem],
-    label: str,
-) -> dict[str, Any]:
-    """{"student": {decoding: [[0 or 1 a problem] a seed]}, "kept": [texts a seed], "why_not": None}.
-
-    Texts that a student cannot be given (a dial turned too far) leave no student, and the reason why.
-    """
-    sizes, role = settings.distillation, settings.students[kind]
-    data: list[Sequences] = []
-    for seed in range(sizes.seeds):
-        texts = decode_texts(
-            settings,
-            arm,
-            student_problems(settings, seed),
-            temperature=sizes.temperature,
-            key=teacher_key(settings, seed),
-        )
-        try:
-            data.append(encode_texts(settings, student, role, texts))
-        except ValueError as error:
-            return {"student": None, "kept": [], "why_not": str(error)}
-    start, base = student_start(settings, student, sizes.seeds)
-    orders = [settings.seed * 100 + seed for seed in range(sizes.seeds)]
-    trained: list[Params] = []
-    train(
-        student.module,
-        start,
-        Batches(data, sizes.training.batch_size, orders, student.module),
-        sizes.training,
-        [sizes.steps],
-        lambda _, tree: trained.append(tree),
-        base=base,
-        directory=_training(workdir) / arm.name,
-        label=label,
-    )
-    answers = {
-        decoding: [
-            judge(settings, task, problems, *zip(*seed, strict=True))
-            for seed in student_answers(settings, student, role, trained[0], base, problems, decoding)
-        ]
-        for decoding in DECODINGS
-    }
-    return {"student": answers, "kept": [len(rows.tokens) for rows in data], "why_not": None}

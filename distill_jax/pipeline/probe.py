@@ -8,6 +8,7 @@ metrics}}; an arm's kinds that are there are not measured again. WORKDIR/probes/
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from distill_jax.checkpoint import read_json, write_json
 from distill_jax.pipeline.arms import load_arm
+from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.distil import cell, distil
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.probe_texts import Written, make_bench
@@ -53,21 +55,24 @@ def probe(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     if not waiting:
         return
     _need_students(settings, mesh, workdir, waiting)
-    bench = make_bench(settings, mesh)
     teacher = load_role(settings, mesh, workdir, "teacher")
-    written: dict[str, Written] = {}
-    for kind, missing in waiting.items():
-        student = load_role(settings, mesh, workdir, f"student_{kind}")
-        untrained = bench.untrained(student, kind)
-        for arm in missing:
+    students = {kind: load_role(settings, mesh, workdir, f"student_{kind}") for kind in waiting}
+    shared = make_bench(settings, mesh)
+    untrained = {kind: shared.untrained(student, kind) for kind, student in students.items()}
+
+    def measure(arm: str) -> None:
+        bench = make_bench(settings, mesh)
+        subject = bench.teacher(load_arm(settings, workdir, teacher, arm))
+        written = bench.teacher_texts(subject)
+        for kind in (kind for kind, missing in waiting.items() if arm in missing):
             started = time.monotonic()
-            subject = bench.teacher(load_arm(settings, workdir, teacher, arm))
-            if arm not in written:
-                written[arm] = bench.teacher_texts(subject)
-            after = bench.student(workdir, student, arm, kind)
-            results = measure_all(settings, subject, written[arm], after, untrained)
+            after = bench.student(workdir, students[kind], arm, kind)
+            results = measure_all(settings, subject, written, after, untrained[kind])
             write_json(results_path(workdir, arm), {**_stored(workdir, arm), kind: results})
             print(f"probe/{kind}: {arm}, {time.monotonic() - started:.0f} s", flush=True)
+
+    missing_arms = [arm for arm in arms if any(arm in missing for missing in waiting.values())]
+    run_at_once([functools.partial(measure, arm) for arm in missing_arms], settings.at_once)
 
 
 def chosen(settings: Settings) -> tuple[list[str], list[str]]:
@@ -147,15 +152,21 @@ def _need_students(settings: Settings, mesh: Mesh, workdir: Path, waiting: dict[
 def measure_all(
     settings: Settings, teacher: Subject, texts: Written, student: Written, untrained: Written
 ) -> dict[str, Any]:
-    """{probe: its result as JSON}. A probe that refuses what the models wrote leaves no metrics, and its reason."""
-    after = _measures(settings, teacher, texts, student, untrained)
-    before = _measures(settings, teacher, texts, untrained, untrained)
-    results = {}
-    for name in settings.probes:
-        results[name] = _measured(name, after[name])
-        if name not in _HOLD_BEFORE:
-            results[name]["before"] = _measured(name, before[name])["metrics"]
+    """{probe: its result as JSON, with "before": the untrained student's metrics}."""
+    results = measure_once(settings, teacher, texts, student, untrained)
+    others = tuple(name for name in settings.probes if name not in _HOLD_BEFORE)
+    only = dataclasses.replace(settings, probes=others)
+    for name, before in measure_once(only, teacher, texts, untrained, untrained).items():
+        results[name]["before"] = before["metrics"]
     return results
+
+
+def measure_once(
+    settings: Settings, teacher: Subject, texts: Written, student: Written, untrained: Written
+) -> dict[str, Any]:
+    """{probe: its result as JSON}. A probe that refuses what the models wrote leaves no metrics, and its reason."""
+    calls = _measures(settings, teacher, texts, student, untrained)
+    return {name: _measured(name, calls[name]) for name in settings.probes}
 
 
 def _measures(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from distill_jax.checkpoint import load_tree
 from distill_jax.generation import generate
 from distill_jax.models.adapter import adapter_scale
+from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, make_task
 from distill_jax.pipeline.distil import cell, student_start
@@ -71,11 +72,15 @@ class Bench:
         config = self.settings.distillation
         trees, base = student_start(self.settings, student, config.seeds)
         trees = load_tree(cell(workdir, arm, kind) / f"steps{config.steps}", trees)
+        return self.trained(student, trees, base, kind)
+
+    def trained(self, student: Model, trees: Params, base: Params | None, kind: str) -> Written:
+        """Seed 0 of students that have just been trained; see `distil.student_start` for trees and base."""
         tree = jax.tree.map(lambda leaf: leaf[0], trees)
         if base is None:
-            trained = dataclasses.replace(student, params=tree)
-            return self._student(Subject(trained, style=self._style(kind), system=self._system))
-        scale = float(adapter_scale(config.training.adapter))
+            of_tree = dataclasses.replace(student, params=tree)
+            return self._student(Subject(of_tree, style=self._style(kind), system=self._system))
+        scale = float(adapter_scale(self.settings.distillation.training.adapter))
         return self._student(Subject(student, tree, scale, style=self._style(kind), system=self._system))
 
     def teacher_texts(self, subject: Subject) -> Written:

@@ -19,7 +19,7 @@ import distill_jax
 from distill_jax.checkpoint import NO_ROOM, DiskFullError, read_json, write_json
 
 # May differ between two starts of one run: they do not change any result.
-_FREE_FIELDS = ("stages", "at_once", "attacks", "attack_suite", "probes", "probe_suite", "dial")
+_FREE_FIELDS = ("stages", "at_once", "attacks", "attack_suite", "probes", "probe_suite", "dial", "study")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -73,6 +73,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         if not prefix and name in _FREE_FIELDS:
             continue
+        if not prefix and name == "smoke_values":  # those of free fields are as free as they are
+            value = [row for row in value if row[0].partition(".")[0] not in _FREE_FIELDS]
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:

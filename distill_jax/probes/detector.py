@@ -41,12 +41,12 @@ from distill_jax.probes.reference import (
     Reference,
     Setting,
     fit_reference,
-    held_out_scores,
+    held_out,
     read_reference,
     write_reference,
 )
 from distill_jax.probes.results import value_to_json
-from distill_jax.probes.roc import Roc, roc
+from distill_jax.probes.roc import Roc, roc, share
 from distill_jax.probes.subjects import Subject, as_subject
 from distill_jax.probes.texts import TextPair, Texts, check_same_questions, from_rollouts, prompt_index
 from distill_jax.probes.values import Bootstrap, Statistic, Value, sum_by, undefined
@@ -63,12 +63,13 @@ __all__ = [
     "Setting",
     "features",
     "fit_reference",
-    "held_out_scores",
+    "held_out",
     "judge",
     "measure",
     "read_reference",
     "roc",
     "sample_texts",
+    "share",
     "to_json",
     "write_reference",
 ]

@@ -48,8 +48,8 @@ class Rule:
 
     Attributes:
       probe, name: the result's kind, and the trap.
-      read: result -> the number; None where this result does not have it (no base was given, say), and the rule
-        is left out.
+      read: result -> the number; None where this result does not have it (no base was given, say), or it would mean
+        something else, and the rule is left out.
       threshold: the trap is beyond it. above: whether beyond means above.
       says: the number in words, with {value}, {interval}, {unit} and {outcome}.
       advice: what follows if the trap is there. fine: what follows if it is not.
@@ -65,6 +65,9 @@ class Rule:
     fine: str
     percent: bool = False
 
+
+# Top-k overlap is about common support only where k is a small share of the outcomes: 16 of 800, not 16 of 258 bytes.
+SMALL_SHARE = 0.02
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -107,7 +110,8 @@ RULES: tuple[Rule, ...] = (
         percent=True,
     ),
     Rule(
-        "gap", "support", lambda r: r.top_k_overlap["all"], 0.7, False,
+        "gap", "support",
+        lambda r: r.top_k_overlap["all"] if r.top_k_share <= SMALL_SHARE else None, 0.7, False,
         "teacher and student share {value} of their most probable {unit}s",
         "start with plain training on the teacher's texts before distilling distributions",
         "both models consider the same continuations",

@@ -46,6 +46,8 @@ class Gap:
       top_k_overlap: share of the k most probable outcomes that both models have in common.
       entropy_gap: entropy of the student minus that of the teacher, nats a position.
       notes: what could not be measured.
+      top_k_share: k over the number of outcomes. In a small vocabulary the k most probable outcomes reach down to what
+        neither model considers, and their order there is noise; 1 where it is not known.
     """
 
     unit: str
@@ -56,6 +58,7 @@ class Gap:
     top_k_overlap: Mapping[str, Value]
     entropy_gap: Mapping[str, Value]
     notes: tuple[str, ...] = ()
+    top_k_share: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +156,7 @@ def measure(
         top_k_overlap=overlap,
         entropy_gap=entropy,
         notes=tuple(notes),
+        top_k_share=min(1.0, k / found.outcomes),
     )
 
 

@@ -20,7 +20,6 @@ false-alarm rate below 1 / (N + 1).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -202,22 +201,44 @@ def fit_reference(rows: Sequence[FeatureRow], false_alarm: float | None = None) 
     )
 
 
-def held_out_scores(rows: Sequence[FeatureRow]) -> np.ndarray:
-    """f64[N]: untouched rows by the other untouched ones, all others by the whole reference; what a ROC takes.
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Rows judged by references that do not know them.
+
+    Attributes:
+      scores: f64[N]. alarms: bool[N], beyond the threshold of the same reference.
+      false_alarm: the rate that every one of these thresholds promises.
+    """
+
+    scores: np.ndarray
+    alarms: np.ndarray
+    false_alarm: float
+
+
+def held_out(rows: Sequence[FeatureRow], groups: Sequence[Any] | None = None) -> HeldOut:
+    """Judges every row by the untouched rows of other groups; what a ROC and a detection rate take.
+
+    Args:
+      rows: of any kind.
+      groups: one a row. Rows of one group have something in common that a suspect does not have with its reference (a
+        seed, a base model), so a group leaves the reference as a whole when one of it is judged, whether it is
+        untouched or not. None: every untouched row is a group, and other rows are judged by all untouched ones.
 
     Raises:
-      ValueError: see `fit_reference`; one row more is needed, since one is left out.
+      ValueError: see `fit_reference`, of what is left without a group.
     """
-    reference = functools.partial(fit_reference, false_alarm=0.5)
-    whole = reference(rows)
-    return np.array(
-        [
-            reference([r for j, r in enumerate(rows) if j != i]).score(row.features)
-            if row.untouched
-            else whole.score(row.features)
-            for i, row in enumerate(rows)
-        ]
-    )
+    names = [f"row {i}" for i in range(len(rows))] if groups is None else [str(group) for group in groups]
+    if len(names) != len(rows):
+        raise ValueError(f"expected one group a row, got {len(names)} for {len(rows)} rows")
+    rest = {
+        name: [r for r, of in zip(rows, names, strict=True) if of != name] for name in dict.fromkeys(names)
+    }
+    fewest = min((sum(row.untouched for row in left) for left in rest.values()), default=0)
+    rate = max(DEFAULT_FALSE_ALARM, 1.0 / (fewest + 1))
+    references = {name: fit_reference(left, rate) for name, left in rest.items()}
+    scores = np.array([references[name].score(r.features) for r, name in zip(rows, names, strict=True)])
+    limits = np.array([references[name].threshold for name in names])
+    return HeldOut(scores, scores > limits, rate)
 
 
 def _fit(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:

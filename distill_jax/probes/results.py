@@ -99,6 +99,9 @@ def from_json(data: Mapping[str, Any]) -> Result:
         else:
             fields[field] = value_from_json(value, f"{name}.{metric}")
     expected = {field.name for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(kind):  # one that came later, with a default, may be absent
+        if field.name not in fields and field.default is not dataclasses.MISSING:
+            fields[field.name] = field.default
     if set(fields) != expected:
         raise ValueError(
             f"{name}: missing {sorted(expected - set(fields))}, unexpected {sorted(set(fields) - expected)}; the "

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm, rankdata
+from scipy.stats import binomtest, norm, rankdata
 
 from distill_jax.probes.values import CONFIDENCE
 
@@ -64,6 +64,18 @@ def roc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarra
     tpr, fpr = (np.append(0.0, np.cumsum(of[order])[last] / of.sum()) for of in (positive, ~positive))
     area = (rankdata(values)[positive].sum() - m * (m + 1) / 2) / (m * n)
     return Roc(fpr, tpr, float(area), _interval(float(area), m, n))
+
+
+def share(count: int, total: int) -> tuple[float, tuple[float, float]]:
+    """(count / total, its exact 95 % interval of Clopper and Pearson): of models that raised an alarm.
+
+    Raises:
+      ValueError: no models, or more alarms than models.
+    """
+    if not 0 <= count <= total or not total:
+        raise ValueError(f"expected some models and no more alarms than models, got {count} of {total}")
+    found = binomtest(count, total).proportion_ci(CONFIDENCE, "exact")
+    return count / total, (float(found.low), float(found.high))
 
 
 def _interval(area: float, m: int, n: int) -> tuple[float, float]:

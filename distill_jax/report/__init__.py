@@ -19,6 +19,8 @@ What is read, each file only if it is there:
                                          {"budget": multiple of the default, "decoding", "problem", "correct"}
     students/<arm>/<attack>/<student>/texts.json
                                          {"seeds": [{"kept": int, "dropped": int}]}, the texts of each student seed
+    coloured_rollouts.json               per-span log-likelihoods of rollouts, see `coloured`
+    dial/, study/, attacks/              see `dial_summary`, `study_summary`, `attack_summary`
 
 arms: original, control, distillable, undistillable; among the students also gold (attack sft) and base (attack none).
 `problem` is the index of the test problem, the same for every arm, student and seed: all comparisons are paired by it.

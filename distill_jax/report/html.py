@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import markupsafe
 
-from distill_jax.report import dial_table, probe_table, words
+from distill_jax.report import dial_table, probe_table, study_table, words
 from distill_jax.report.answer import answer
 from distill_jax.report.attack_table import page_view
+from distill_jax.report.coloured import Piece, Span, full_tint, legend, pieces, read_spans
 from distill_jax.report.records import ARMS, read_metrics, read_rollouts, write_bytes
 from distill_jax.report.table import accuracy_table, alignment_lines, claim_numbers, claim_title
 
@@ -22,17 +24,26 @@ if TYPE_CHECKING:
 
 PROMPTS_SHOWN = 6
 ROLLOUTS_SHOWN = 2  # of one arm for one prompt
+Spans = Mapping[tuple[str, str], Sequence[Span]]
+NO_SPANS: Spans = MappingProxyType({})
 _FULL_REWARD = 1.0 - 1e-6
 
 
 @dataclass(frozen=True)
 class RolloutView:
-    """One completion: its text, the verdict in words, the tone ("good" or "bad"), facts beside it."""
+    """One completion: its text in pieces, whether any has a colour, the verdict in words, its tone ("good" or "bad"),
+    facts beside it."""
 
-    text: str
+    pieces: list[Piece]
+    coloured: bool
     verdict: str
     tone: str
     facts: str
+
+    @property
+    def text(self) -> str:
+        """The whole completion."""
+        return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class PromptView:
     arms: list[tuple[str, list[RolloutView]]]
 
 
-def _rollout_view(row: Mapping[str, Any]) -> RolloutView:
+def _rollout_view(row: Mapping[str, Any], spans: Spans, full: float) -> RolloutView:
     reward = float(row["reward"])
     if reward >= _FULL_REWARD:
         verdict, tone = "right", "good"
@@ -56,13 +67,18 @@ def _rollout_view(row: Mapping[str, Any]) -> RolloutView:
     facts.append(f"{len(row['completion'].encode())} bytes")
     if row.get("style"):
         facts.append(str(row["style"]))
-    return RolloutView(row["completion"], verdict, tone, ", ".join(facts))
+    text, own = row["completion"], spans.get((row["prompt"], row["completion"]))
+    return RolloutView(pieces(text, own, full), bool(own), verdict, tone, ", ".join(facts))
 
 
 def side_by_side(
-    rollouts: Mapping[str, Sequence[Mapping[str, Any]]], count: int = PROMPTS_SHOWN
+    rollouts: Mapping[str, Sequence[Mapping[str, Any]]], spans: Spans = NO_SPANS, count: int = PROMPTS_SHOWN
 ) -> list[PromptView]:
-    """The same prompts for all arms: first those that the most arms have answered, then in order of appearance."""
+    """The same prompts for all arms: first those that the most arms have answered, then in order of appearance.
+
+    spans: from `coloured.read_spans`; texts without any are plain.
+    """
+    full = full_tint(spans)
     prompts: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for arm in ARMS:
         for row in rollouts.get(arm, ()):
@@ -72,7 +88,10 @@ def side_by_side(
     for prompt, arms in chosen:
         rows = next(iter(arms.values()))
         shown = [
-            (words.ARM_TITLES[arm], [_rollout_view(row) for row in arms.get(arm, ())[:ROLLOUTS_SHOWN]])
+            (
+                words.ARM_TITLES[arm],
+                [_rollout_view(row, spans, full) for row in arms.get(arm, ())[:ROLLOUTS_SHOWN]],
+            )
             for arm in ARMS
             if arm in rollouts
         ]
@@ -132,12 +151,16 @@ def _teacher_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
 
 
 def render_html(
-    summary: Mapping[str, Any], plots: Sequence[Plot], rollouts: Mapping[str, Sequence[Mapping[str, Any]]]
+    summary: Mapping[str, Any],
+    plots: Sequence[Plot],
+    rollouts: Mapping[str, Sequence[Mapping[str, Any]]],
+    spans: Spans = NO_SPANS,
 ) -> str:
     """The page as text. Every string that comes from a run is escaped; only our own SVG is taken as markup.
 
     Args:
       summary: of schema 1. plots: from `make_plots`. rollouts: arm -> rows, from `read_rollouts`.
+      spans: from `read_spans`.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill_jax.report", "."),
@@ -148,9 +171,10 @@ def render_html(
     )
     environment.filters["unbroken"] = _unbroken
     headers, rows = accuracy_table(summary)
+    prompts = side_by_side(rollouts, spans)
     figures = {
         group: [(plot.name, markupsafe.Markup(plot.svg)) for plot in plots if plot.group == group]
-        for group in ("knob", "budget", "training", "probes", "dial")
+        for group in ("knob", "budget", "training", "probes", "dial", "study")
     }
     claims = [
         {**claim, "numbers": claim_numbers(claim), "title": claim_title(claim)} for claim in summary["claims"]
@@ -165,7 +189,9 @@ def render_html(
         figures=figures,
         teachers=_teacher_rows(summary),
         alignment=alignment_lines(summary),
-        prompts=side_by_side(rollouts),
+        prompts=prompts,
+        coloured=any(r.coloured for view in prompts for _, shown in view.arms for r in shown),
+        legend=legend(full_tint(spans)),
         config=flatten(summary["config"]),
         environment=flatten(summary["environment"]),
         timings=_timings(summary["wall_clock_s"]),
@@ -174,6 +200,7 @@ def render_html(
         attacks=page_view(summary["attacks"]) if "attacks" in summary else None,
         probes=probe_table.page_view(summary),
         dial=dial_table.page_view(summary["dial"]) if "dial" in summary else None,
+        study=study_table.page_view(summary["study"]) if "study" in summary else None,
     )
 
 
@@ -181,7 +208,7 @@ def write_report(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
     """Writes WORKDIR/report/index.html and report/plots/*, each file atomically; returns the page's path.
 
     Args:
-      workdir: folder of the run; rollouts and training metrics are read from it.
+      workdir: folder of the run; rollouts, their colours and training metrics are read from it.
       summary: what `summarise` returned for it.
 
     Raises:
@@ -193,6 +220,7 @@ def write_report(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
         from distill_jax.report.dial_plots import dial_plots
         from distill_jax.report.plots import make_plots, save_plots
         from distill_jax.report.probe_plots import probe_plots
+        from distill_jax.report.study_plots import study_plots
     except ModuleNotFoundError as error:
         raise ImportError(
             f"the report draws with matplotlib, and {error.name} is not installed: "
@@ -202,7 +230,12 @@ def write_report(workdir: str | Path, summary: Mapping[str, Any]) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"workdir: expected the folder of a run, got {workdir}, which does not exist")
-    plots = [*make_plots(summary, read_metrics(workdir)), *dial_plots(summary), *probe_plots(summary)]
-    page = render_html(summary, plots, read_rollouts(workdir))
+    plots = [
+        *make_plots(summary, read_metrics(workdir)),
+        *dial_plots(summary),
+        *probe_plots(summary),
+        *study_plots(summary),
+    ]
+    page = render_html(summary, plots, read_rollouts(workdir), read_spans(workdir))
     save_plots(plots, workdir / "report" / "plots")
     return write_bytes(workdir / "report" / "index.html", page.encode("utf-8"))

@@ -15,7 +15,7 @@ from scipy.stats import mannwhitneyu
 from distill_jax import detect
 from distill_jax.checkpoint import read_json, write_json
 from distill_jax.models.model import save_model
-from distill_jax.pipeline.detector_reference import curves
+from distill_jax.pipeline.detector_reference import curves, curves_text
 from distill_jax.probes import detector
 from distill_jax.probes.detector import FeatureRow, Setting, fit_reference, roc
 from distill_jax.probes.pairs import ProbeConfig
@@ -128,6 +128,38 @@ def test_the_area_is_that_of_scipy_and_its_interval_knows_how_many_there_are() -
     few, many = (roc(np.arange(2 * n), np.arange(2 * n) >= n) for n in (3, 30))
     assert few.auc == many.auc == few.ci95[1] == 1.0
     assert few.ci95[0] < 0.6 < 0.9 < many.ci95[0]
+
+
+def test_a_row_is_judged_without_its_group() -> None:
+    """Gaps 0, 1, 2, 3 and the pair 9, 9.5 of one group: with its twin in the reference, 9 would look less odd."""
+    rows = [row(g) for g in (0.0, 1.0, 2.0, 3.0, 9.0, 9.5)] + [row(20.0, "distillable")]
+    groups = ["a", "b", "c", "d", "e", "e", "e"]
+    apart, alone = detector.held_out(rows, groups), detector.held_out(rows)
+    # By 0, 1, 2, 3: median 1.5, mean squares (2.25 + .25 + .25 + 2.25) / 3.
+    assert apart.scores[4] == pytest.approx(7.5 / math.sqrt(5 / 3)) and apart.scores[4] > alone.scores[4]
+    assert apart.scores[6] == pytest.approx(18.5 / math.sqrt(5 / 3))
+    assert apart.alarms[[4, 5, 6]].all() and apart.false_alarm == pytest.approx(1 / 5)
+    assert alone.false_alarm == pytest.approx(1 / 6)
+    assert alone.scores[6] == pytest.approx(fit_reference(rows).score({"gap": 20.0}))
+    with pytest.raises(ValueError, match="at least 4 untouched models, got 3"):
+        detector.held_out(rows, ["a", "a", "a", "d", "e", "f", "e"])
+    with pytest.raises(ValueError, match="one group a row, got 1 for 7 rows"):
+        detector.held_out(rows, ["a"])
+
+
+def test_detection_rates_are_shares_of_the_alarms() -> None:
+    rows = planted("untouched", 12, 1.0, 0) + planted("undistillable", 6, 1.9, 1)
+    result = curves(rows)
+    rates, alarms = result["detection"], [s["alarm"] for s in result["scores"]]
+    assert rates["false_alarm"] == pytest.approx(1 / 12)  # of eleven others
+    assert rates["untouched"]["rate"] == sum(alarms[:12]) / 12 and rates["untouched"]["n"] == 12
+    assert rates["undistillable"]["rate"] == sum(alarms[12:]) / 6 == 1.0
+    # Six of six: the exact lower bound is .025 ** (1 / 6).
+    assert rates["undistillable"]["ci95"] == pytest.approx([0.025 ** (1 / 6), 1.0])
+    text = curves_text(result)
+    assert "found 6 of 6 (100% [54%, 100%])" in text and "promises 8.3% at most" in text
+    with pytest.raises(ValueError, match="got 3 of 2"):
+        detector.share(3, 2)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def healthy() -> list[Any]:
         OffPolicy(
             "token", CELLS, {"forward": near(-0.1), "reverse": near(0.1)}, CELLS, CELLS, ratios, near(0.9)
         ),
-        Gap("token", near(0.3), GROUPS, near(0.2), near(0.4), GROUPS, GROUPS),
+        Gap("token", near(0.3), GROUPS, near(0.2), near(0.4), GROUPS, GROUPS, top_k_share=16 / 32000),
         Overconfidence("token_mean", AFTER, AFTER, AFTER, AFTER, AFTER, AFTER, near(0.3)),
         SelfCorrection({**both, "base": near(1.0)}, near(1.0), both, both, both),
         Decoding(events, events, events, ratios, ratios),
@@ -120,6 +120,23 @@ def test_rules_about_a_base_are_left_out_without_one() -> None:
         healthy()[4], repair_rate={"student": near(0.5)}, repair_relative=undefined()
     )
     assert {f.name for f in diagnose([alone, unrepaired])} == {"miscalibrated"}
+
+
+def test_support_is_judged_only_where_k_is_a_small_share_of_the_outcomes() -> None:
+    """16 of 258 bytes reach down to what neither model considers; 16 of 800 tokens do not."""
+    poor = dataclasses.replace(healthy()[2], top_k_overlap=dict.fromkeys(GROUPS, near(0.2)))
+    verdicts = {
+        outcomes: [f.verdict for f in diagnose([dataclasses.replace(poor, top_k_share=16 / outcomes)])
+                   if f.name == "support"]
+        for outcomes in (16, 258, 799, 800, 262_144)
+    }  # fmt: skip
+    assert verdicts == {16: [], 258: [], 799: [], 800: ["found"], 262_144: ["found"]}
+
+
+def test_a_result_from_before_a_field_had_a_default_reads_back() -> None:
+    data = to_json(healthy()[2])
+    del data["facts"]["top_k_share"]
+    assert from_json(data) == dataclasses.replace(healthy()[2], top_k_share=1.0)
 
 
 def test_the_unit_is_named_and_a_suspicion_is_hedged() -> None:
