@@ -82,9 +82,11 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
     open_workdir(folder, plain_config(config))
     work = {"prepare": prepare, "calibrate": calibrate_arms, "distil": distil, "evaluate": evaluate}
     for stage in STAGES[:-1]:
-        if stage in settings.stages and not is_done(folder, stage):
+        # A finished run may be given the larger budgets later; its stages then do what is missing.
+        longer = stage in ("distil", "evaluate") and bool(settings.distillation.long_budgets)
+        if stage in settings.stages and (longer or not is_done(folder, stage)):
             print(f"== {stage}", flush=True)
-            with stage_clock(folder, stage):
+            with stage_clock(folder, stage, more=True):
                 work[stage](settings, mesh, folder)
     reporting = "report" in settings.stages
     further = {

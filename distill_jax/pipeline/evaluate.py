@@ -16,6 +16,7 @@ from distill_jax.models.adapter import adapter_scale
 from distill_jax.models.decoder import Decoder, Params
 from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task, style_of
+from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.distil import ATTACK, GOLD, cell, decode_texts, student_start
 from distill_jax.pipeline.prepare import SCORED_ROWS, load_role
 from distill_jax.pipeline.settings import Role, Settings
@@ -44,8 +45,12 @@ def evaluate(settings: Settings, mesh: Mesh, workdir: Path) -> None:
         if not waiting:
             continue
         student = load_role(settings, mesh, workdir, f"student_{kind}")
-        for arm, attack in waiting:
-            evaluate_cell(settings, workdir, student, role, task, problems, arm, attack, kind)
+
+        def run(arm: str, attack: str, student: Model = student, role: Role = role, kind: str = kind) -> None:
+            judge_task = make_task(settings, mesh)
+            evaluate_cell(settings, workdir, student, role, judge_task, problems, arm, attack, kind)
+
+        run_at_once([functools.partial(run, *which) for which in waiting], settings.at_once)
 
 
 def predictions_path(workdir: Path, arm: str, attack: str, kind: str, seed: int) -> Path:
@@ -54,8 +59,16 @@ def predictions_path(workdir: Path, arm: str, attack: str, kind: str, seed: int)
 
 
 def _predicted(settings: Settings, workdir: Path, arm: str, attack: str, kind: str) -> bool:
-    seeds = range(1 if attack == "none" else settings.distillation.seeds)
-    return all(predictions_path(workdir, arm, attack, kind, seed).exists() for seed in seeds)
+    """Whether every seed has answered, the first one at the long budgets too: those may have been added since."""
+    untrained = attack == "none"
+    paths = [
+        predictions_path(workdir, arm, attack, kind, seed)
+        for seed in range(1 if untrained else settings.distillation.seeds)
+    ]
+    if not all(path.exists() for path in paths):
+        return False
+    long = set() if untrained else set(settings.distillation.long_budgets)
+    return not long or long <= {row["budget"] for row in read_rows(paths[0])}
 
 
 def is_correct(settings: Settings, task: Task, problem: Problem, text: str, ended: bool) -> int:

@@ -19,7 +19,10 @@ import distill_jax
 from distill_jax.checkpoint import NO_ROOM, DiskFullError, read_json, write_json
 
 # May differ between two starts of one run: they do not change any result.
-_FREE_FIELDS = ("stages", "at_once", "attacks", "attack_suite", "probes", "probe_suite", "dial", "study")
+_FREE_FIELDS = (
+    *("stages", "at_once", "budget_curve", "attacks", "attack_suite"),
+    *("probes", "probe_suite", "dial", "study"),
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

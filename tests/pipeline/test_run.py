@@ -167,6 +167,28 @@ def test_second_start_runs_no_stage_again(finished, monkeypatch):
     assert all(workdir / "stages" / f"{stage}.json" in unchanged for stage in STAGES[:-1])
 
 
+def test_a_finished_run_is_given_the_larger_budgets_later(finished, tmp_path, monkeypatch):
+    """budget_curve may change: what is missing is trained and asked, with one seed, and nothing else is touched."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    before = contents(workdir, PREDICTIONS)
+    for name in ("prepare", "calibrate_arms"):
+        monkeypatch.setattr(pipeline, name, lambda *arguments: pytest.fail("a finished stage was run"))
+    summary = pipeline.run(smallest({"budget_curve": "full"}), workdir)
+    after = contents(workdir, PREDICTIONS)
+    assert set(after) == set(before)
+    for path, rows in after.items():
+        old, new = before[path].decode().splitlines(), rows.decode().splitlines()
+        if path.parts[2] == "none" or path.parts[4] != "seed0":
+            assert new == old
+        else:
+            assert new[: len(old)] == old
+            added = [json.loads(line) for line in new[len(old) :]]
+            assert [row["budget"] for row in added] == [4.0] * 32 + [8.0] * 32
+    numbers = summary["arms"]["original"]["students"]["sft"]["bytes"]
+    assert {"accuracy_greedy", "accuracy_greedy@4x", "accuracy_greedy@8x"} <= set(numbers)
+
+
 def test_other_config_is_refused(finished):
     workdir, _ = finished
     before = contents(workdir, "stages/*.json")
