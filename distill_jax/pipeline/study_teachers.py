@@ -13,7 +13,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from distill_jax.checkpoint import read_json
-from distill_jax.pipeline.arms import make_task, style_of
+from distill_jax.pipeline.arms import load_proxies, make_task, style_of
 from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Settings
@@ -67,7 +67,7 @@ def calibrate_teachers(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     if not waiting:
         return
     original = load_role(settings, mesh, workdir, "teacher")
-    proxy = load_role(settings, mesh, workdir, "proxy")
+    proxies = load_proxies(settings, mesh, workdir)
     config = dataclasses.replace(
         settings.calibration,
         steps=settings.study.calibration_steps or settings.calibration.steps,
@@ -78,7 +78,7 @@ def calibrate_teachers(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     def run(teacher: StudyTeacher) -> None:
         result = calibrate(
             original,
-            proxy,
+            proxies,
             make_task(settings, mesh),
             teacher.mode,
             teacher.eta,

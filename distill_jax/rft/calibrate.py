@@ -24,6 +24,7 @@ from distill_jax.metrics import MetricWriter, Progress
 from distill_jax.models.adapter import adapter_axes, adapter_scale, init_adapter
 from distill_jax.models.decoder import Params, param_axes
 from distill_jax.models.model import Model
+from distill_jax.models.quantised import has_quantised
 from distill_jax.optimizer import make_optimizer
 from distill_jax.rewards.terms import Reward, make_rewards
 from distill_jax.rft.answer_utility import require_answer_mark
@@ -240,6 +241,11 @@ class _Run:
             trainable = init_adapter(module, config.adapter, jax.random.fold_in(key, _ADAPTER))
             axes = adapter_axes(module, config.adapter)
         else:
+            if has_quantised(teacher.params):
+                raise ValueError(
+                    "trainable='params' cannot train weights that are kept in 8 bits; load the teacher with "
+                    "weights='full', or train an adapter"
+                )
             scale, trainable, axes = 1.0, teacher.params, param_axes(module)
         step = make_rft_step(
             module,

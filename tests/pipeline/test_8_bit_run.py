@@ -59,6 +59,10 @@ def test_only_the_adapter_changes_and_a_killed_run_ends_as_if_it_had_not_been(tm
     jax.tree.map(np.testing.assert_array_equal, result.trainable, undisturbed.trainable)
     jax.tree.map(np.testing.assert_array_equal, teacher.params, before)
 
+    whole = dataclasses.replace(SHORT, trainable="params")
+    with pytest.raises(ValueError, match=r"trainable='params'.*8 bits.*weights='full'"):
+        calibrate(teacher, proxy, Letters(), "distillable", 0.5, whole, tmp_path / "whole")
+
 
 def test_a_run_and_its_exports(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "make_mesh", lambda spec: make_mesh(spec, devices=jax.devices()[:1]))
