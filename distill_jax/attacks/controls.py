@@ -18,6 +18,7 @@ from distill_jax.attacks.tools import Text
 
 GARBAGE = " %% 7"  # the number is for scorers that read the last one
 RECOVERED = 0.9  # share of the clean gain that an attack must recover from a sham defence
+SWAPPED = 0.75  # share of the words that are swapped
 LEAKED = 0.1  # share of the clean gain above which a teacher without labels has taught something
 
 Corrupt = Callable[[Sequence[Text], int], list[Text]]
@@ -44,13 +45,30 @@ def permute_labels(texts: Sequence[Text], seed: int) -> list[Text]:
     return moved
 
 
-def shuffle_words(texts: Sequence[Text], seed: int) -> list[Text]:
-    """The words of every text in random order: useless text, made of the right tokens."""
+def swap_words(texts: Sequence[Text], seed: int) -> list[Text]:
+    """Three words in four become another text's word of the same shape (digits for digits, letters for letters).
+
+    What is said is wrong, how it is said is not: the teacher still knows what it would write after each of these
+    beginnings. (After words in random order it does not, and there its distributions teach nobody.)
+    """
+    shaped: dict[str, list[str]] = {}
+    for text in texts:
+        for word in text.completion.split(" "):
+            shaped.setdefault(_shape(word), []).append(word)
     rng = np.random.default_rng([seed, 22])
+
+    def other(word: str) -> str:
+        words = shaped[_shape(word)]
+        return words[rng.integers(len(words))] if rng.random() < SWAPPED else word
+
     return [
-        dataclasses.replace(text, completion=" ".join(rng.permutation(text.completion.split(" ")).tolist()))
+        dataclasses.replace(text, completion=" ".join(other(word) for word in text.completion.split(" ")))
         for text in texts
     ]
+
+
+def _shape(word: str) -> str:
+    return "".join("0" if c.isdecimal() else "a" if c.isalpha() else c for c in word)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +110,10 @@ CONTROLS = (
     Control(
         "P2",
         "text-only defence",
-        "Shuffled texts, honest distributions: an attack that reads distributions must recover at least 90 %.",
+        "Words swapped between texts, honest distributions: an attack that reads these must recover at least 90 %.",
         "recover",
-        "shuffled",
-        shuffle_words,
+        "swapped",
+        swap_words,
         attacks=("A7", "A7b", "A8", "A8b", "A10b"),
     ),
     Control(

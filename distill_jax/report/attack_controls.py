@@ -1,6 +1,6 @@
 """The verdict on the attack suite itself: were the planted weaknesses found, and was nothing learned from nothing?
 
-Controls are judged for each kind of student and each access on their own: that shuffled texts with honest distributions
+Controls are judged for each kind of student and each access on their own: that wrong texts with honest distributions
 are broken by an attacker who reads distributions says nothing of one who reads text. An attack is chosen on validation
 problems and judged on test problems, as in the headline.
 """
@@ -24,6 +24,7 @@ from distill_jax.report.statistics import CONFIDENCE
 
 ACCESS = ("text", "top-k", "logits", "weights")
 ONE_SIDED = round((1.0 - CONFIDENCE) / 2, 6)  # level of a test, that of one end of an interval
+NEGLIGIBLE = 0.1  # share of the best attack's clean gain below which another's is no denominator
 VACUOUS = 0.5  # share of the clean teacher's right texts above which a sham has hidden nothing
 
 
@@ -240,8 +241,12 @@ def access_levels(results: AttackResults, kind: str) -> Iterator[tuple[str, list
 def validation_gaps(
     results: AttackResults, arm: str, kind: str, attacks: Sequence[str], draw: dict[str, Any]
 ) -> dict[str, float]:
-    """attack -> recovered gap on validation problems, of those where the clean teacher's students gain anything."""
-    clean, gaps = results.suite["settings"]["clean"], {}
+    """attack -> recovered gap on validation problems, of those by which the clean teacher's students gain anything.
+
+    A gain that is within its interval of nothing, or a small share of what the best of these attacks gains, is no
+    denominator: its ratio would be noise, and a choice of the largest ratio would choose the noise.
+    """
+    clean, gaps, possible = results.suite["settings"]["clean"], {}, {}
     for attack in attacks:
         found = results.matrices(
             "validation", (arm, attack, kind), (clean, attack, kind), (BASE, UNTRAINED, kind)
@@ -251,8 +256,10 @@ def validation_gaps(
         students, rivals, zero = found
         low = gain(rivals, zero, **draw)["ci95"][0]
         if low is not None and low > 0.0:
-            gaps[attack] = float((students.mean() - zero.mean()) / (rivals.mean() - zero.mean()))
-    return gaps
+            possible[attack] = float(rivals.mean() - zero.mean())
+            gaps[attack] = float(students.mean() - zero.mean()) / possible[attack]
+    least = NEGLIGIBLE * max(possible.values(), default=0.0)
+    return {attack: gap for attack, gap in gaps.items() if possible[attack] >= least}
 
 
 def best_attack(results: AttackResults, arm: str, kind: str, attacks: Sequence[str]) -> str | None:

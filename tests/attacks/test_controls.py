@@ -17,7 +17,7 @@ from distill_jax.attacks.controls import (
     grid,
     judges,
     permute_labels,
-    shuffle_words,
+    swap_words,
 )
 from distill_jax.attacks.filtered_text import cut_shared_end
 from distill_jax.attacks.registry import ATTACKS
@@ -64,13 +64,22 @@ def test_one_text_cannot_be_permuted():
         permute_labels(TEXTS[:1], 0)
 
 
-def test_shuffled_words_are_the_same_words():
-    shuffled = shuffle_words(TEXTS, 1)
-    assert [sorted(t.completion.split(" ")) for t in shuffled] == [
-        sorted(t.completion.split(" ")) for t in TEXTS
-    ]
-    assert np.mean([a.completion != b.completion for a, b in zip(shuffled, TEXTS, strict=True)]) > 0.5
-    assert not any(text.asked for text in shuffled)  # the distributions stay those of the real prompt
+def test_swapped_words_are_wrong_and_look_right():
+    task = ChainArithmetic((2, 3))
+    problems = task.problems("test", 400, 0)
+    texts = [Text(p.prompt, p.gold, True, p.index) for p in problems]
+    swapped = swap_words(texts, 1)
+
+    def shape(text):
+        return re.sub(r"[0-9]", "0", text.completion)
+
+    assert [shape(text) for text in swapped] == [shape(text) for text in texts]
+    words = {word for text in texts for word in text.completion.split(" ")}
+    assert {word for text in swapped for word in text.completion.split(" ")} <= words
+    right = np.mean([task.score(p, t.completion, True) for p, t in zip(problems, swapped, strict=True)])
+    assert right == pytest.approx(0.25 + 0.75 / 10, abs=0.07)  # kept, or hit by chance among ten digits
+    assert not any(text.asked for text in swapped)  # the distributions stay those of the real prompt
+    assert swapped == swap_words(texts, 1) != swap_words(texts, 2)
 
 
 def test_who_is_run_against_what():
@@ -79,7 +88,7 @@ def test_who_is_run_against_what():
     assert run["P1"] == {"A3", "A5"} and run["P2"] == {"A7", "A7b", "A8", "A8b", "A10b"} and not run["P4"]
     # An attacker with clean texts, weights, or a verifier alone would learn without the teacher.
     assert run["P3"] == {"A1", "A3", "A5", "A7", "A10b", "A11x16"}
-    assert set(ARMS) == {"sham", "shuffled", "permuted"}
+    assert set(ARMS) == {"sham", "swapped", "permuted"}
     # Nor does a student learn from working of its own there.
     assert [knob.name for knob in grid(by_id["P3"], ATTACKS["A5"], "short")] == ["no-working"]
     assert grid(by_id["P1"], ATTACKS["A5"], "short") == ATTACKS["A5"].grid("short")

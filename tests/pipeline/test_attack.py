@@ -105,7 +105,7 @@ def test_summary_and_page(finished):
 def test_what_the_controls_need_is_measured(finished):
     workdir, _ = finished
     suite = json.loads((workdir / "attacks" / "suite.json").read_text())
-    assert set(suite["shams"]) == {"sham", "shuffled"} and suite["shams"]["sham"]["sham"] == 0.0
+    assert set(suite["shams"]) == {"sham", "swapped"} and suite["shams"]["sham"]["sham"] == 0.0
     bench = attack_stage.make_bench(read_settings(attacking()), one_device("data=-1"), workdir)
     answers = [problem.answer for problem in attack_cells.test_problems(bench.settings)]
     said = {

@@ -28,7 +28,7 @@ SIZES = {"samples": 6000, "steps": 800}
 CLEAN = {"A1": 0.8, "A2": 0.85, "A3": 0.8, "A5": 0.5, "A7": 0.9}
 GUARDED = {"A1": 0.22, "A2": 0.25, "A3": 0.5, "A5": 0.3, "A7": 0.8}
 SHAM = {"A3": 0.8, "A5": 0.5}
-SHUFFLED = {"A7": 0.9}
+SWAPPED = {"A7": 0.9}
 PERMUTED = dict.fromkeys(("A1", "A2", "A3", "A5", "A7"), 0.18)
 
 
@@ -55,7 +55,7 @@ def write_cell(world, workdir, arm, attack, rate, *, attack_folder=None, seeds=3
     )
 
 
-def write_suite(workdir, *, clean=CLEAN, guarded=GUARDED, sham=SHAM, shuffled=SHUFFLED, permuted=PERMUTED):
+def write_suite(workdir, *, clean=CLEAN, guarded=GUARDED, sham=SHAM, swapped=SWAPPED, permuted=PERMUTED):
     """A run with the suite's cells as the pipeline would leave them."""
     write_workdir(workdir, kinds=(KIND,))
     world = World(256, 4)
@@ -63,7 +63,7 @@ def write_suite(workdir, *, clean=CLEAN, guarded=GUARDED, sham=SHAM, shuffled=SH
         "original": clean,
         "undistillable": guarded,
         "sham": sham,
-        "shuffled": shuffled,
+        "swapped": swapped,
         "permuted": permuted,
     }.items():
         for attack, rate in rates.items():
@@ -101,7 +101,7 @@ def write_suite(workdir, *, clean=CLEAN, guarded=GUARDED, sham=SHAM, shuffled=SH
             }
             for control in CONTROLS
         },
-        "shams": {"sham": {"clean": 0.99, "sham": 0.0}, "shuffled": {"clean": 0.99, "sham": 0.05}},
+        "shams": {"sham": {"clean": 0.99, "sham": 0.0}, "swapped": {"clean": 0.99, "sham": 0.05}},
         "skipped": {"A6 on original by byte": "no rewriter is given (attack_suite.rewriter)"},
     }
     (workdir / "attacks").mkdir()
@@ -179,7 +179,7 @@ def test_cells_have_every_number(sound):
     ("rates", "failed"),
     [
         ({"sham": {"A3": 0.4, "A5": 0.3}}, "P1"),
-        ({"shuffled": {"A7": 0.3}}, "P2"),
+        ({"swapped": {"A7": 0.3}}, "P2"),
         ({"permuted": {**PERMUTED, "A5": 0.45}}, "P3"),
         ({"guarded": {**GUARDED, "A7": 0.2}, "clean": {**CLEAN, "A7": 0.9}}, None),
     ],
@@ -245,6 +245,14 @@ def test_table_and_text(sound):
     assert "P1 sham defence" in text and "not run" in text and "more than" in text
 
 
+def test_an_attack_that_hardly_works_on_the_clean_teacher_is_no_worst_case(tmp_path):
+    """A5 gains 6 points of a possible 67 on the clean teacher, and as many on the guarded one: 1 times nothing."""
+    rates = {"clean": CLEAN | {"A5": 0.24}, "guarded": GUARDED | {"A5": 0.24}, "sham": {"A3": 0.8}}
+    attacks = judged(tmp_path, **rates)
+    level = attacks["worst_case"][KIND]["undistillable"][0]
+    assert (level["access"], level["attack"]) == ("text", "A3") and "A5" in level["attacks"]
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_page(tmp_path, broken):
     workdir = write_suite(tmp_path, **({"sham": {"A3": 0.2, "A5": 0.2}} if broken else {}))
@@ -260,7 +268,7 @@ def test_page(tmp_path, broken):
 
 def test_an_access_that_no_control_has_proven_is_provisional_and_said_so(tmp_path):
     """P2 could not be judged: the text attacks are proven by P1 and P3, the one that reads distributions is not."""
-    attacks = judged(tmp_path, shuffled={})
+    attacks = judged(tmp_path, swapped={})
     assert attacks["controls"]["P2"]["verdict"] == "not judged" and attacks["verdict"] == "not validated"
     proofs = attacks["proofs"][KIND]
     assert proofs["text"] == {"proven": True, "why": "proven by P1 and P3"}
@@ -273,7 +281,7 @@ def test_an_access_that_no_control_has_proven_is_provisional_and_said_so(tmp_pat
 
 def test_controls_of_an_earlier_start_do_not_prove_a_later_attack(tmp_path):
     """A7 came when the controls were off: it stands in no control, and its access is not proven."""
-    workdir = write_suite(tmp_path, shuffled={})
+    workdir = write_suite(tmp_path, swapped={})
     controls = json.loads((workdir / "attacks" / "suite.json").read_text())["controls"]
     controls["P2"]["attacks"] = []
     change_suite(workdir, controls=controls)
