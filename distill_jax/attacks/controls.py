@@ -18,6 +18,8 @@ from distill_jax.attacks.tools import Text
 
 GARBAGE = " %% 7"  # the number is for scorers that read the last one
 RECOVERED = 0.9  # share of the clean gain that an attack must recover from a sham defence
+# The same where only distributions are honest: after a swapped word they are not quite those of its own texts.
+READ = 0.75
 SWAPPED = 0.75  # share of the words that are swapped
 LEAKED = 0.1  # share of the clean gain above which a teacher without labels has taught something
 
@@ -110,11 +112,12 @@ CONTROLS = (
     Control(
         "P2",
         "text-only defence",
-        "Words swapped between texts, honest distributions: an attack that reads these must recover at least 90 %.",
+        "Words swapped between texts, honest distributions: an attack that reads these must recover at least 75 %.",
         "recover",
         "swapped",
         swap_words,
         attacks=("A7", "A7b", "A8", "A8b", "A10b"),
+        threshold=READ,
     ),
     Control(
         "P3",
