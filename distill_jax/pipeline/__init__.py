@@ -132,9 +132,7 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
         summary["attacks"] = suite
     write_summary(folder, summary)
     page = write_report(folder, summary)
-    asked = any(arm["teacher"] or arm["students"] for arm in summary["arms"].values())
-    if asked or "diagnosis" not in summary:  # probes alone ask nobody: an empty table would hide their answer
-        print(summary_table(summary))
+    print(summary_table(summary))
     if "diagnosis" in summary:
         print(diagnosis_text(summary["diagnosis"]))
     if turned is not None:
