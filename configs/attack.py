@@ -14,23 +14,17 @@ original teacher is the only arm; add models of your own:
 The command ends with an error when a positive control fails: then no number of this evaluation means anything.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import config_dict
 
 from distill_jax.pipeline.attack_settings import AttackSuite
+from distill_jax.pipeline.config_files import neighbour_config
 from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.settings import to_config
 
 
 def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     """The config of a pair of calib_guard.py, with the attack suite on and the calibration off."""
-    place = importlib.util.spec_from_file_location("calib_guard", Path(__file__).with_name("calib_guard.py"))
-    assert place is not None and place.loader is not None
-    calib_guard = importlib.util.module_from_spec(place)
-    place.loader.exec_module(calib_guard)
-    config = calib_guard.get_config(arg)
+    config = neighbour_config(__file__, "calib_guard", arg)
     config.stages = ("prepare", "report")  # the suite runs between them, because `attacks` is set
     config.attacks = "tier1"
     config.probes, config.dial = "none", to_config(DialConfig())  # their students come from a finished run

@@ -19,11 +19,9 @@ Any other two models, each a Hugging Face folder, a .gguf file or the name of a 
 are probed in its own folder, by its own config and --config.probes=all.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import config_dict
 
+from distill_jax.pipeline.config_files import neighbour_config
 from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.probe_settings import ProbeSuite
 from distill_jax.pipeline.settings import Phase, to_config, with_full_values
@@ -36,11 +34,7 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     pair = arg or "tiny"
     if pair not in PAIRS:
         raise ValueError(f"pair {pair!r} does not exist; choose from {list(PAIRS)}")
-    place = importlib.util.spec_from_file_location("calib_guard", Path(__file__).with_name("calib_guard.py"))
-    assert place is not None and place.loader is not None
-    calib_guard = importlib.util.module_from_spec(place)
-    place.loader.exec_module(calib_guard)
-    config = calib_guard.get_config(pair)
+    config = neighbour_config(__file__, "calib_guard", pair)
     config.stages = ("prepare", "report")  # the probes run between them, and distil what they need
     config.probes = "all"
     config.eta = config_dict.ConfigDict()  # the original teacher is the only arm

@@ -15,11 +15,9 @@ The same teachers are what the detector is tried on, those of one run or of seve
     python -m distill_jax.pipeline.detector_reference DIR [DIR ...] --out FOLDER
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import config_dict
 
+from distill_jax.pipeline.config_files import neighbour_config
 from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.settings import to_config, with_full_values
 from distill_jax.pipeline.study_settings import StudyConfig
@@ -27,11 +25,7 @@ from distill_jax.pipeline.study_settings import StudyConfig
 
 def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     """The config of a pair of calib_guard.py, with the study on and everything else off."""
-    place = importlib.util.spec_from_file_location("calib_guard", Path(__file__).with_name("calib_guard.py"))
-    assert place is not None and place.loader is not None
-    calib_guard = importlib.util.module_from_spec(place)
-    place.loader.exec_module(calib_guard)
-    config = calib_guard.get_config(arg)
+    config = neighbour_config(__file__, "calib_guard", arg)
     config.stages = ("prepare", "report")  # the study runs between them
     turned = config.dial
     # The dial's students: its positions can be compared only with students of the same sizes.
