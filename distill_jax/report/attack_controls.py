@@ -16,11 +16,10 @@ from distill_jax.report.attack_statistics import (
     choose_worst,
     gain,
     gain_p_value,
-    holm,
     recovered_gap,
     worse_p_value,
 )
-from distill_jax.report.statistics import CONFIDENCE
+from distill_jax.report.statistics import CONFIDENCE, holm
 
 ACCESS = ("text", "top-k", "logits", "weights")
 ONE_SIDED = round((1.0 - CONFIDENCE) / 2, 6)  # level of a test, that of one end of an interval

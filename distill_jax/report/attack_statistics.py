@@ -17,8 +17,8 @@ run has: the intervals do not hold the luck of a calibration.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypedDict, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 from scipy import stats
@@ -34,7 +34,6 @@ from distill_jax.report.statistics import (
     value_of,
 )
 
-Name = TypeVar("Name", bound=Hashable)
 UNDEFINED: Value = {"mean": None, "ci95": [None, None], "n": 0, "seeds": None}
 
 
@@ -189,16 +188,6 @@ def teacher_retention(
         "p_value": p_value,
         "not_inferior": p_value < (1.0 - CONFIDENCE) / 2,
     }
-
-
-def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """Holm's adjusted p-values (S. Holm 1979): name -> the level at which "this one works" holds among all of them."""
-    adjusted: dict[Name, float] = {}
-    largest = 0.0
-    for rank, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * value))
-        adjusted[name] = largest
-    return adjusted
 
 
 class Cost(TypedDict):

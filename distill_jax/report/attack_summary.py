@@ -40,12 +40,11 @@ from distill_jax.report.attack_statistics import (
     gain_denied,
     gain_p_value,
     harm_below_base,
-    holm,
     recovered_gap,
     relative_collapse,
     teacher_retention,
 )
-from distill_jax.report.statistics import RESAMPLES, estimate, minimum_detectable_effect
+from distill_jax.report.statistics import RESAMPLES, estimate, holm, minimum_detectable_effect
 from distill_jax.report.summary import strict_json
 
 HALFWAY = 0.5  # of the clean gain: the score that the cost multiplier is asked for

@@ -4,8 +4,7 @@
 
 Interval: percentiles of rho over teachers drawn with replacement. p: two-sided permutation test, outcomes shuffled over
 the teachers, (1 + shuffles at least as extreme) / (1 + shuffles); no normal distribution is assumed. Many numbers are
-tried, and some look good by luck: `holm` multiplies the smallest p by how many there are, the next by one fewer, and so
-on (Holm, Scandinavian Journal of Statistics 6 (1979) 65); what is below .05 then is so with all of them looked at.
+tried, and some look good by luck: what is below .05 after `statistics.holm` is so with all of them looked at.
 """
 
 from __future__ import annotations
@@ -95,15 +94,6 @@ def _draws(
 def is_constant(values: np.ndarray) -> bool:
     """Whether a column is the same everywhere, up to rounding."""
     return bool(np.ptp(values) <= _ROUNDING * max(1.0, float(np.abs(values).max())))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: max over smaller ones of (how many are left) * p, at most 1."""
-    adjusted, worst = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(np.argsort(np.asarray(p_values, np.float64), kind="stable")):
-        worst = max(worst, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = worst
-    return adjusted
 
 
 def _standard(matrix: np.ndarray) -> np.ndarray:

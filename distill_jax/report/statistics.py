@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TypedDict
+from collections.abc import Hashable, Mapping
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from scipy import special, stats
 
+Name = TypeVar("Name", bound=Hashable)
 CONFIDENCE = 0.95
 RESAMPLES = 4000
 
@@ -231,3 +233,13 @@ def minimum_detectable_effect(
         )
     quantiles = special.ndtri(0.5 + CONFIDENCE / 2) + special.ndtri(power)
     return float(quantiles * math.sqrt(2.0 * rate * (1.0 - rate) * (1.0 - correlation) / problems))
+
+
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """Holm's adjusted p-values (S. Holm 1979): name -> the level at which "this one works" holds among all of them."""
+    adjusted: dict[Name, float] = {}
+    largest = 0.0
+    for rank, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * value))
+        adjusted[name] = largest
+    return adjusted

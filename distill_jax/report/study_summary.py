@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from distill_jax.report.rank_correlation import FEWEST, RESAMPLES, holm, is_constant, rank_correlation
-from distill_jax.report.statistics import difference, estimate
+from distill_jax.report.rank_correlation import FEWEST, RESAMPLES, is_constant, rank_correlation
+from distill_jax.report.statistics import difference, estimate, holm
 
 WHEN = ("before", "after")
 SIGNIFICANT = 0.05
@@ -154,8 +154,8 @@ def _correlate(
                     "points": values,
                 }
             )
-    for number, adjusted in zip(numbers, holm([number["p"] for number in numbers]), strict=True):
-        number |= {"p_adjusted": adjusted, "verdict": _verdict(number["ci95"], adjusted)}
+    for place, adjusted in holm({place: number["p"] for place, number in enumerate(numbers)}).items():
+        numbers[place] |= {"p_adjusted": adjusted, "verdict": _verdict(numbers[place]["ci95"], adjusted)}
     return numbers, constant, few
 
 

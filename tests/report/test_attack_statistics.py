@@ -14,7 +14,6 @@ from distill_jax.report.attack_statistics import (
     gain_denied,
     gain_p_value,
     harm_below_base,
-    holm,
     recovered_gap,
     relative_collapse,
     teacher_retention,
@@ -145,14 +144,6 @@ class TestRetention:
     def test_margin(self, margin):
         with pytest.raises(ValueError, match="margin"):
             teacher_retention(np.ones((1, 5)), np.ones((1, 5)), margin)
-
-
-def test_holm():
-    """Worked by hand: .01 x 4, .02 x 3, .03 x 2 = .06, then .04 x 1 raised to .06."""
-    adjusted = holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
-    assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
-    assert holm({"only": 0.7}) == {"only": 0.7} and holm({}) == {}
-    assert holm({"a": 0.9, "b": 0.8})["a"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from distill_jax.attacks.controls import CONTROLS
 from distill_jax.attacks.registry import ATTACKS
 from distill_jax.report import render_html, summarise
 from distill_jax.report.attack_controls import suite_verdict
-from distill_jax.report.attack_statistics import holm
 from distill_jax.report.attack_summary import summarise_attacks
 from distill_jax.report.attack_table import (
     attack_rows,
@@ -21,6 +20,7 @@ from distill_jax.report.attack_table import (
     shaded_rows,
     worst_rows,
 )
+from distill_jax.report.statistics import holm
 from tests.report.synthetic import CONFIG, ENVIRONMENT, SETTING, World, write_lines, write_workdir
 
 KIND = "byte"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from distill_jax.report.rank_correlation import holm, rank_correlation
+from distill_jax.report.rank_correlation import rank_correlation
 
 
 def test_ties_by_hand():
@@ -71,9 +71,3 @@ def test_what_has_no_rank_is_none_and_not_nan():
 def test_bad_columns(x, y, message):
     with pytest.raises(ValueError, match=message):
         rank_correlation(x, y)
-
-
-def test_holm_by_hand():
-    """.01, .04, .03 of three: 3 * .01 = .03; 2 * .03 = .06; max(.06, 1 * .04) = .06."""
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from distill_jax.report.statistics import difference, estimate, minimum_detectable_effect, ratio
+from distill_jax.report.statistics import difference, estimate, holm, minimum_detectable_effect, ratio
 
 
 def half_right(problems: int) -> np.ndarray:
@@ -174,3 +174,13 @@ def test_minimum_detectable_effect_by_hand():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_holm():
+    """Worked by hand: .01 x 4, .02 x 3, .03 x 2 = .06, then .04 x 1 raised to .06."""
+    adjusted = holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
+    assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
+    assert holm({"only": 0.7}) == {"only": 0.7} and holm({}) == {}
+    assert holm({"a": 0.9, "b": 0.8})["a"] == 1.0
+    # 3 * .01 = .03; 2 * .03 = .06; max(.06, 1 * .04) = .06
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
