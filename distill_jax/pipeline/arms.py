@@ -18,6 +18,7 @@ from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.prepare import further_proxies, load_role
 from distill_jax.pipeline.settings import Settings
 from distill_jax.rft.calibrate import calibrate
+from distill_jax.rft.config import CalibrationConfig
 from distill_jax.rft.proxies import Proxy
 from distill_jax.tasks import Task, chain_arithmetic, get_task
 from distill_jax.tasks.base import MeshTask
@@ -55,17 +56,22 @@ def load_proxies(settings: Settings, mesh: Mesh, workdir: Path) -> list[Proxy]:
     ]
 
 
+def calibration_config(settings: Settings) -> CalibrationConfig:
+    """The run's calibration; how prompts are written belongs to the roles."""
+    return dataclasses.replace(
+        settings.calibration,
+        prompt_style=settings.roles["teacher"].prompt_style,
+        proxy_prompt_style=settings.roles["proxy"].prompt_style,
+    )
+
+
 def calibrate_arms(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     """Calibrates every arm that is not finished yet."""
     waiting = [arm for arm in settings.eta if not (workdir / "arms" / arm / "calibration.json").exists()]
     if not waiting:
         return
     teacher, proxies = load_role(settings, mesh, workdir, "teacher"), load_proxies(settings, mesh, workdir)
-    config = dataclasses.replace(
-        settings.calibration,
-        prompt_style=settings.roles["teacher"].prompt_style,
-        proxy_prompt_style=settings.roles["proxy"].prompt_style,
-    )
+    config = calibration_config(settings)
 
     def run(arm: str) -> None:
         result = calibrate(

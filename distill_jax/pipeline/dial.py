@@ -56,12 +56,12 @@ def dial(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     arms = {name: load_arm(settings, workdir, teacher, name) for name in (chosen.arm, chosen.other) if name}
     proxy = load_role(settings, mesh, workdir, "proxy")
     student = load_role(settings, mesh, workdir, f"student_{kind}")
-    problems = test_problems(settings)
+    task, problems = make_task(settings, mesh), test_problems(settings)
     done = itertools.count(1)
 
     def measure(curve: str, position: float) -> None:
         started = time.monotonic()
-        task, other = make_task(settings, mesh), arms.get(chosen.other)
+        other = arms.get(chosen.other)
         arm = turned(settings.calibration.adapter, teacher, arms[chosen.arm], other, curve, position)
         training = _training(workdir) / arm.name
         trained = train_short(settings, arm, student, training, f"dial {curve} {position:g}")

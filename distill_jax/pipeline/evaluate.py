@@ -47,8 +47,7 @@ def evaluate(settings: Settings, mesh: Mesh, workdir: Path) -> None:
         student = load_role(settings, mesh, workdir, f"student_{kind}")
 
         def run(arm: str, attack: str, student: Model = student, role: Role = role, kind: str = kind) -> None:
-            judge_task = make_task(settings, mesh)
-            evaluate_cell(settings, workdir, student, role, judge_task, problems, arm, attack, kind)
+            evaluate_cell(settings, workdir, student, role, task, problems, arm, attack, kind)
 
         run_at_once([functools.partial(run, *which) for which in waiting], settings.at_once)
 

@@ -57,11 +57,10 @@ def probe(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     _need_students(settings, mesh, workdir, waiting)
     teacher = load_role(settings, mesh, workdir, "teacher")
     students = {kind: load_role(settings, mesh, workdir, f"student_{kind}") for kind in waiting}
-    shared = make_bench(settings, mesh)
-    untrained = {kind: shared.untrained(student, kind) for kind, student in students.items()}
+    bench = make_bench(settings, mesh)
+    untrained = {kind: bench.untrained(student, kind) for kind, student in students.items()}
 
     def measure(arm: str) -> None:
-        bench = make_bench(settings, mesh)
         subject = bench.teacher(load_arm(settings, workdir, teacher, arm))
         written = bench.teacher_texts(subject)
         for kind in (kind for kind, missing in waiting.items() if arm in missing):

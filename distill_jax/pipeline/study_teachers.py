@@ -13,7 +13,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from distill_jax.checkpoint import read_json
-from distill_jax.pipeline.arms import load_proxies, make_task, style_of
+from distill_jax.pipeline.arms import calibration_config, load_proxies, make_task, style_of
 from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.prepare import load_role
 from distill_jax.pipeline.settings import Settings
@@ -68,12 +68,8 @@ def calibrate_teachers(settings: Settings, mesh: Mesh, workdir: Path) -> None:
         return
     original = load_role(settings, mesh, workdir, "teacher")
     proxies = load_proxies(settings, mesh, workdir)
-    config = dataclasses.replace(
-        settings.calibration,
-        steps=settings.study.calibration_steps or settings.calibration.steps,
-        prompt_style=settings.roles["teacher"].prompt_style,
-        proxy_prompt_style=settings.roles["proxy"].prompt_style,
-    )
+    steps = settings.study.calibration_steps or settings.calibration.steps
+    config = dataclasses.replace(calibration_config(settings), steps=steps)
 
     def run(teacher: StudyTeacher) -> None:
         result = calibrate(

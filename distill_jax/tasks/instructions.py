@@ -8,6 +8,7 @@ The reward is sigmoid((score - centre) / spread) of the reward model's score, in
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class Instructions(RowTask):
         self._sizes, self._centre, self._spread = tuple(sizes), centre, spread
         self._require_end, self._stop_texts = require_end, tuple(stop_texts)
         self._mesh: Mesh | None = None
+        self._loading = threading.Lock()
         self._model: RewardModel | None = None
         super().__init__(path, dataset, columns, splits, pool, shots, instruction, max_prompt_bytes, data_dir)
 
@@ -105,10 +107,11 @@ class Instructions(RowTask):
         self, problems: Sequence[Problem], completions: Sequence[str], ended: Sequence[bool]
     ) -> list[float]:
         """Rewards of answers, judged in batches."""
-        if self._model is None:
-            self._model = RewardModel.load(
-                self._source, self._mesh, self._dtype, self._batch_size, self._sizes
-            )
+        with self._loading:  # several cells of a run may judge at once
+            if self._model is None:
+                self._model = RewardModel.load(
+                    self._source, self._mesh, self._dtype, self._batch_size, self._sizes
+                )
         # The judge sees the question alone, not the worked examples before it.
         questions = [problem.metadata["question"] for problem in problems]
         scores = self._model(questions, [self._cut(text) for text in completions])
