@@ -132,7 +132,9 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
         summary["attacks"] = suite
     write_summary(folder, summary)
     page = write_report(folder, summary)
-    print(summary_table(summary))
+    # Probes alone ask nobody the test problems: an empty table would hide their answer.
+    if "diagnosis" not in summary or _has_accuracies(summary):
+        print(summary_table(summary))
     if "diagnosis" in summary:
         print(diagnosis_text(summary["diagnosis"]))
     if turned is not None:
@@ -149,6 +151,12 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
             f"trusted; see {page}"
         )
     return summary
+
+
+def _has_accuracies(summary: dict[str, Any]) -> bool:
+    """Whether any teacher or student has answered the test problems."""
+    arms = summary["arms"].values()
+    return any(arm["students"] or any(name.startswith("accuracy") for name in arm["teacher"]) for arm in arms)
 
 
 def _setting(settings: Settings, folder: Path) -> Setting:

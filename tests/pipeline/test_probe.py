@@ -91,7 +91,7 @@ def test_the_report_shows_probes_and_diagnosis(probed):
         assert (finding["sentence"] in text) != absent and finding["name"].replace("_", " ") in text
 
 
-def test_a_second_start_measures_nothing(probed, monkeypatch):
+def test_a_second_start_measures_nothing_and_prints_no_empty_table(probed, monkeypatch, capsys):
     workdir, summary = probed
 
     def forbidden(*arguments):
@@ -99,6 +99,8 @@ def test_a_second_start_measures_nothing(probed, monkeypatch):
 
     monkeypatch.setattr(probe_stage, "measure_all", forbidden)
     again = pipeline.run(probing(), workdir)
+    printed = capsys.readouterr().out
+    assert "Diagnosis" in printed and "Accuracy in per cent" not in printed  # no student was asked
     assert again["arms"] == summary["arms"] and again["diagnosis"] == summary["diagnosis"]
     assert again["dial"] == summary["dial"]
     assert again["wall_clock_s"]["probe"] >= summary["wall_clock_s"]["probe"]
