@@ -65,7 +65,7 @@ def detect(
         )
     fitted = detector.fit_reference(rows, false_alarm)
     problem_source = get_task(setting.task, **setting.options)
-    problems = problem_source.problems("test", setting.problems, setting.seed)
+    problems = detector.reference_problems(problem_source, setting)
     devices = make_mesh(mesh) if mesh else make_mesh("data=1", devices=jax.devices()[:1])
 
     def ask(source: str | Path, style: str) -> tuple[Subject, detector.Texts]:

@@ -48,7 +48,6 @@ _HOW = {
     "calibrated with its seed",
     "run": "one run left out: each teacher is judged by a reference without any teacher of its run's original",
 }
-_VALIDATION = 3  # added to the run's seed: problems that neither calibration nor the other probes chose on
 
 
 def make_reference(
@@ -114,7 +113,7 @@ def make_reference(
 def measure_run(settings: Settings, workdir: Path, setting: Setting, mesh: Mesh) -> list[FeatureRow]:
     """One row for each finished teacher of a run."""
     task = make_task(settings)
-    problems = task.problems("validation", setting.problems, setting.seed + _VALIDATION + settings.seed)
+    problems = detector.reference_problems(task, setting)
     correct_at, system = settings.calibration.correct_at, setting.system
     teacher = load_role(settings, mesh, workdir, "teacher")
     proxy = Subject(load_role(settings, mesh, workdir, "proxy"), style=setting.proxy_style, system=system)

@@ -67,6 +67,7 @@ __all__ = [
     "judge",
     "measure",
     "read_reference",
+    "reference_problems",
     "roc",
     "sample_texts",
     "share",
@@ -87,6 +88,7 @@ FEATURES = {
 }
 _DIRECTION = ("gap_shift", "gap")  # the first that there is says which way the dial was turned
 _CLEAR = 2.0  # standard deviations of the direction's feature that are needed to name a direction
+_PROBLEMS = 1_000_003  # added to a seed: problems that no calibration, probe or attack has chosen on
 _TOLD = 3  # features that the words name
 
 # Broken text is a symptom too: leave it out, and say how much of it there was.
@@ -322,6 +324,15 @@ def _spread(values: np.ndarray, index: np.ndarray, prompts: int) -> tuple[Statis
         return np.sqrt(np.maximum((second @ weights) / n - ((first @ weights) / n) ** 2, 0.0))
 
     return statistic, int((count > 0).sum())
+
+
+def reference_problems(task: Task, setting: Setting) -> list[Problem]:
+    """The problems of a reference: the same for all of its rows, and for every model that is compared with them.
+
+    The spread of a reference is that between models. On other problems, what differs between problems would be added
+    to a score and pass for a calibration.
+    """
+    return task.problems("validation", setting.problems, setting.seed + _PROBLEMS)
 
 
 def sample_texts(
