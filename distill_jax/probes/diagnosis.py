@@ -174,6 +174,9 @@ def diagnose(results: Iterable[Result]) -> tuple[Finding, ...]:
     return tuple(findings)
 
 
+FEWEST_FOUND = 8  # prompts; drawing again from fewer gives ends that are no 95 % interval
+
+
 def verdict_of(value: Value, threshold: float, above: bool) -> Verdict:
     """Compares a number and its interval with a threshold."""
     if value.mean is None:
@@ -182,6 +185,8 @@ def verdict_of(value: Value, threshold: float, above: bool) -> Verdict:
     if sign * (value.mean - threshold) <= 0:
         return "absent"
     nearest = value.ci95[0] if above else value.ci95[1]
+    if value.n < FEWEST_FOUND:
+        return "suspected"
     return "found" if nearest is not None and sign * (nearest - threshold) > 0 else "suspected"
 
 

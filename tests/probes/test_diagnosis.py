@@ -68,6 +68,8 @@ def test_the_sentence_of_the_readme() -> None:
         (Value(0.7, (0.6, 0.8), 9), True, "found"),
         (Value(0.7, (0.4, 0.8), 9), True, "suspected"),
         (Value(0.7, (None, None), 1), True, "suspected"),
+        (Value(0.7, (0.6, 0.8), 8), True, "found"),
+        (Value(0.7, (0.6, 0.8), 7), True, "suspected"),  # an interval of seven prompts is none
         (Value(0.5, (0.4, 0.6), 9), True, "absent"),
         (Value(0.3, (0.2, 0.4), 9), True, "absent"),
         (Value(0.3, (0.2, 0.4), 9), False, "found"),
