@@ -29,8 +29,13 @@ from distill_jax.report.statistics import difference, estimate, holm
 
 WHEN = ("before", "after")
 SIGNIFICANT = 0.05
-# The outcome itself, measured again on the probes' own problems.
-_OUTCOMES = ("overconfidence/accuracy.after", "overconfidence/accuracy.change")
+# The outcome again, on the probes' own problems: the accuracy, and what is made of right and wrong answers.
+_OUTCOMES = tuple(
+    f"overconfidence/{name}.{when}"
+    for name in ("accuracy", "expected_calibration_error", "risk_coverage")
+    for when in ("after", "change")
+)
+_ROUNDING = 1e-9
 _KEYS = ("name", "source", "mode", "eta", "seed", "teacher", "student", "before", "after")
 
 
@@ -161,7 +166,7 @@ def _correlate(
 
 def _verdict(ends: list[float | None], adjusted: float) -> str:
     low, high = ends
-    if low is None or high is None or low <= 0.0 <= high:
+    if low is None or high is None or (low <= _ROUNDING and high >= -_ROUNDING):
         return "silent"
     return "predicts" if adjusted < SIGNIFICANT else "hints"
 

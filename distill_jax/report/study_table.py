@@ -36,6 +36,7 @@ def study_sentences(study: Mapping[str, Any]) -> list[str]:
     sentences = [_answer(study)]
     for probe, number in best_of_probes(study, "before").items():
         sentences.append(_of_probe(study, probe, number))
+    sentences += _rival(study)
     silent = [probe for probe in study["probes"] if probe not in best_of_probes(study, "before")]
     if silent:
         sentences.append(
@@ -82,6 +83,23 @@ def _of_probe(study: Mapping[str, Any], probe: str, number: Mapping[str, Any]) -
         f"{_plain(probe).capitalize()}: {verdict}; {standing} of {len(of_probe)} numbers predict, the best is "
         f"{_number_text(number)}."
     )
+
+
+def _rival(study: Mapping[str, Any]) -> list[str]:
+    """Whether the best probe tells more than what needs no probe."""
+    best = best_of_probes(study, "before")
+    probes = [number for probe, number in best.items() if probe != "teacher"]
+    rival = best.get("teacher")
+    if rival is None or rival["verdict"] != "predicts" or not probes:
+        return []
+    strongest = max(abs(number["rho"]) for number in probes)
+    ends = [abs(end) for end in rival["ci95"] if end is not None]
+    if strongest > max(ends, default=0.0):
+        return []
+    return [
+        f"No probe is clearly better than {rival['name']} of the teacher by itself, which needs no student: within its "
+        f"interval lies the best probe's {strongest:.2f} too. One cause may move all of these numbers."
+    ]
 
 
 def _number_text(number: Mapping[str, Any]) -> str:

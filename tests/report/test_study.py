@@ -45,7 +45,12 @@ def write_study(folder: Path, rates=RATES, teachers_without: int = 0) -> Path:
             "overconfidence": metrics(accuracy__before=0.2),
             "self_correction": metrics(),
         }
-        after = {"gap": metrics(forward=rate), "overconfidence": metrics(accuracy__after=rate)}
+        after = {
+            "gap": metrics(forward=rate),
+            "overconfidence": metrics(
+                accuracy__after=rate, expected_calibration_error__after=1 - rate, risk_coverage__change=-rate
+            ),
+        }
         trained = None if index < teachers_without else {d: [answers(rate)] for d in ("greedy", "sample")}
         point = {
             "name": name, "source": source, "mode": "distillable", "eta": 0.5, "seed": 1,
@@ -74,7 +79,7 @@ def test_a_planted_number_predicts_and_others_do_not(tmp_path):
     assert numbers["before", "teacher", "completion_bytes"]["rho"] == pytest.approx(1.0)
     assert numbers["after", "gap", "forward"]["n"] == 7  # the dial keeps no students
     # What is the outcome itself, what is always the same and what two teachers have is no forecast.
-    assert ("after", "overconfidence", "accuracy.after") not in numbers
+    assert not [name for when, probe, name in numbers if (when, probe) == ("after", "overconfidence")]
     assert set(study["constant"]["before"]) == {
         "overconfidence/accuracy.before", "teacher/accuracy_greedy", "teacher/accuracy_sample",
     }  # fmt: skip
@@ -97,6 +102,8 @@ def test_words_name_what_to_trust(tmp_path):
         "No number of overconfidence and self correction differs between teachers" in s for s in sentences
     )
     assert any("1 of 1 numbers go with the outcome" in s for s in sentences)
+    # The length of the teacher's own texts orders these students as well, and needs no probe.
+    assert any(s.startswith("No probe is clearly better than completion_bytes") for s in sentences)
     assert "8 teachers of one original, 1 of them one adapter turned" in sentences[-1]
 
 
