@@ -1,6 +1,6 @@
 """The main job: ``python launch/tpu_run.py --config=configs/calib_guard.py[:PAIR] --workdir=DIR --config.FIELD=VALUE``.
 
-One command for TPU, GPU and CPU; --distributed on every host of a pod; the same workdir again goes on where it stopped.
+One command for TPU, GPU and CPU, on one host; the same workdir again goes on where it stopped.
 """
 
 import os
@@ -15,7 +15,6 @@ from distill_jax import pipeline
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, or FILE:PAIR.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; without it, one under runs/.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts of a pod before anything else.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "Devices of a CPU backend; one uses all cores.")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
 flags.mark_flag_as_required("config")
@@ -46,8 +45,6 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/distill_jax/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()  # before anything looks at a device
     try:
         pipeline.run(CONFIG.value, WORKDIR.value)
     except (ValueError, OSError) as error:  # wrong input, or a disk that cannot take the run

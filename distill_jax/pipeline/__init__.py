@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import config_dict
 
 from distill_jax.checkpoint import read_json
@@ -55,8 +56,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
       workdir: folder of the run; a new one under runs/ by default. A second start goes on where the first stopped.
 
     Raises:
-      ValueError: a setting out of range, a mesh that does not fit, models or tokenizers that do not go together, or a
-        workdir of another config.
+      ValueError: several processes, a setting out of range, a mesh that does not fit, models or tokenizers that do not
+        go together, or a workdir of another config.
       FileNotFoundError: weights that are not there; says what to install.
       InvalidEvaluationError: a positive control of the attack suite failed; the report stands.
     """
@@ -72,6 +73,11 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
     if not settings.stages:
         print(format_plan(settings))
         return None
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"this is process {jax.process_index()} of {jax.process_count()}, and each of them would write the same "
+            "files; a run over several hosts is not supported: use one host with enough devices"
+        )
     folder = Path(workdir or f"runs/{settings.pair}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
     mesh = make_mesh(settings.mesh)
     if any(stage in settings.stages and not is_done(folder, stage) for stage in STAGES[:-1]):

@@ -270,6 +270,13 @@ def test_base_models_that_were_half_saved(finished, tmp_path, monkeypatch):
     assert contents(workdir, "models/*/*.safetensors") == contents(finished[0], "models/*/*.safetensors")
 
 
+def test_several_hosts_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"process 0 of 2.*one host"):
+        pipeline.run(smallest(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_task_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"chain_aritmetic.*chain_arithmetic"):
         pipeline.run(smallest({"task.name": "chain_aritmetic"}), tmp_path / "run")
