@@ -1,6 +1,6 @@
 """Will this teacher distil into this student, and if not, why? Six probes on any two models, nothing calibrated.
 
-    python launch/tpu_run.py --config=configs/probe.py[:PAIR] --workdir=DIR [--config.FIELD=VALUE ...]
+    python launch/tpu_run.py --config=configs/probe.py[:PAIR[,TASK]] --workdir=DIR [--config.FIELD=VALUE ...]
 
 Measures the student as it is, distils it briefly from the teacher's texts, measures it again, prints a diagnosis in
 plain words with the numbers behind it, and writes it into DIR/report.
@@ -13,6 +13,9 @@ gemma3_270m     Gemma 3 270M into SmolLM2-135M: other family, other kind of toke
 Any other two models, each a Hugging Face folder, a .gguf file or the name of a demo model:
 
     --config=configs/probe.py:gemma3_270m --config.teacher=FOLDER --config.student=FOLDER
+
+TASK asks them questions of yours instead of sums: "math_text", "multiple_choice" or "instructions", with the same
+--config.task.options as in configs/calib_guard.py.
 
 --config.probes="gap,decoding" chooses probes. --config.probe_suite.problems and .samples make the intervals narrower,
 --config.distillation.samples and .steps the distillation longer. The arms of a finished run of configs/calib_guard.py
@@ -31,10 +34,10 @@ PAIRS = ("tiny", "gemma3_270m")
 
 def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     """The config of a pair of calib_guard.py without calibrated arms, with one student, and with the probes on."""
-    pair = arg or "tiny"
+    pair = (arg or "tiny").partition(",")[0]
     if pair not in PAIRS:
         raise ValueError(f"pair {pair!r} does not exist; choose from {list(PAIRS)}")
-    config = neighbour_config(__file__, "calib_guard", pair)
+    config = neighbour_config(__file__, "calib_guard", arg or "tiny")
     config.stages = ("prepare", "report")  # the probes run between them, and distil what they need
     config.probes = "all"
     config.eta = config_dict.ConfigDict()  # the original teacher is the only arm

@@ -350,14 +350,26 @@ def test_a_data_task_that_does_not_fit_is_refused(arg):
         get_config(arg)
 
 
+def other_config(file: str, arg: str):
+    place = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def test_the_probes_take_a_data_task():
+    config = other_config("probe", "gemma3_270m,multiple_choice")
+    assert config.task.name == "multiple_choice" and "choices" in config.task.options.columns
+    assert not config.eta and config.roles.proxy.source == config.students.student.source == "smollm2-135m"
+    with pytest.raises(ValueError, match="may be followed by one of the tasks"):
+        other_config("probe", "tiny,multiple_choice")
+
+
 @pytest.mark.parametrize("smoke", [False, True])
 @pytest.mark.parametrize("arg", ["tiny", "gemma3_270m"])
 @pytest.mark.parametrize("file", ["probe", "attack"])
 def test_the_other_configs_can_start(file, arg, smoke, capsys):
-    place = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    config = module.get_config(arg)
+    config = other_config(file, arg)
     config.smoke, config.stages = smoke, ()
     assert pipeline.run(config) is None
     assert f"pair {arg}" in capsys.readouterr().out
