@@ -43,12 +43,13 @@ def _order(curve: Mapping[str, Any]) -> str:
     chance = f"about {0.025 * pairs:.1f} would by chance"
     if curve["monotone"]:
         return (
-            f"Monotone: student accuracy goes {way} with the dial in {with_it} of {pairs} pairs of positions beyond "
-            f"the 95 % interval, and against it in none ({chance})."
+            f"No significant reversal: student accuracy goes {way} with the dial in {with_it} of {pairs} pairs of "
+            f"positions beyond the 95 % interval, and against it in none ({chance}). Positions that cannot be told "
+            "apart may still be in any order."
         )
     low, high = curve["stretch"] or ("?", "?")
     return (
-        f"Not monotone: student accuracy goes {way} with the dial in {with_it} of {pairs} pairs of positions beyond "
+        f"It reverses: student accuracy goes {way} with the dial in {with_it} of {pairs} pairs of positions beyond "
         f"the 95 % interval, and against it in {curve[against]} ({chance}). The longest stretch without such a pair is "
         f"from {_position(low)} to {_position(high)}."
     )

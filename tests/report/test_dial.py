@@ -64,7 +64,7 @@ def test_monotone_is_read_off_pairs(tmp_path):
     assert (curve["rises"], curve["falls"], curve["pairs"]) == (3, 0, 3)
     assert curve["monotone"] and curve["stretch"] == [-1.0, 1.0] and curve["broken"] == []
     assert (
-        "Monotone: student accuracy goes up with the dial in 3 of 3 pairs"
+        "No significant reversal: student accuracy goes up with the dial in 3 of 3 pairs"
         in dial_sentences(dial, "distillable")[0]
     )
 
