@@ -192,7 +192,13 @@ def _measures(
         "off_policy": lambda: off_policy.measure(teacher, own, pair, config=config),
         "gap": lambda: gap.measure(teacher, own, pair, config=config),
         "overconfidence": lambda: overconfidence.measure(
-            teacher, own, student.texts, base=untrained.subject, base_batch=untrained.texts, config=config
+            teacher,
+            own,
+            student.texts,
+            base=untrained.subject,
+            base_batch=untrained.texts,
+            config=config,
+            confidence=suite.confidence,
         ),
         "self_correction": lambda: self_correction.measure(teacher, own, corrections(), config=config),
         "decoding": lambda: decoding.measure(teacher, own, pair, config=config, limit=limit),

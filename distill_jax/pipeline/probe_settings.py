@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from distill_jax.probes.overconfidence import CONFIDENCES, Confidence
+
 PROBES = ("tail_noise", "off_policy", "gap", "overconfidence", "self_correction", "decoding")
 
 
@@ -35,6 +37,8 @@ class ProbeSuite:
       distil: train the students that are missing, at the default budget; otherwise they must be there.
       frequent: how many of the most frequent tokens the tail probe sets apart.
       answer_mark: what stands before the final answer in a completion of the task.
+      confidence: of the overconfidence probe, one of `probes.overconfidence.CONFIDENCES`. Not the probability of the
+        answer's tokens by default: after its working, a model copies the answer, and is sure of that.
       unaligned_limit: largest share of texts that the tokenizers may fail to give back byte for byte; they are left
         out, and the probe says how many.
       batch_size, chunk: see `probes.pairs.ProbeConfig`.
@@ -48,6 +52,7 @@ class ProbeSuite:
     distil: bool = False
     frequent: int = 50
     answer_mark: str = "####"
+    confidence: Confidence = "self_consistency"
     unaligned_limit: float = 0.5
     batch_size: int = 64
     chunk: int = 16
@@ -60,5 +65,12 @@ class ProbeSuite:
             raise ValueError(f"temperature must be above 0, got {self.temperature}: probes read samples")
         if not self.answer_mark:
             raise ValueError("answer_mark must not be empty")
+        if self.confidence not in CONFIDENCES:
+            raise ValueError(f"confidence must be one of {CONFIDENCES}, got {self.confidence!r}")
+        if self.confidence == "self_consistency" and self.samples < 2:
+            raise ValueError(
+                f"confidence 'self_consistency' compares answers to one problem: samples must be 2 or more, got "
+                f"{self.samples}"
+            )
         if not 0.0 <= self.unaligned_limit < 1.0:
             raise ValueError(f"unaligned_limit is a share in [0, 1), got {self.unaligned_limit}")

@@ -7,7 +7,10 @@ Of each answer a confidence c in [0, 1], with the verifier's verdict a in {0, 1}
 
     "token_mean"        c = mean probability of the answer's tokens, each model with its own tokens
     "joint"             c = exp(l(answer)), the probability of the whole answer, given the working before it
-    "self_consistency"  c = share of the student's answers to the prompt that agree with this one
+    "self_consistency"  c = share of the student's other answers to the prompt that agree with this one
+
+The first two are taken after the working, and where an answer only copies what the working ended with, they are near 1
+for right and wrong alike; the third is not, and asks for several answers to each prompt.
 
 The trap: confidence on wrong answers rises while accuracy falls. Both are compared with the undistilled student on the
 same questions, paired by prompt.
@@ -163,13 +166,14 @@ def _read(
 
 
 def _agreement(texts: Texts, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(f64[N] share of the prompt's rows with the same answer, bool[N] rows with an answer)."""
+    """(f64[N] share of the prompt's other rows with the same answer, bool[N] rows with an answer and such rows)."""
     if texts.answers is None:
         raise ValueError("self_consistency needs texts.answers, the answer read out of each completion")
     answers = np.array(["" if answer is None else answer for answer in texts.answers], object)
     answered = np.array([answer is not None for answer in texts.answers])
     same = (index[:, None] == index[None, :]) & (answers[:, None] == answers[None, :]) & answered[None, :]
-    return same.sum(axis=1) / np.bincount(index)[index], answered
+    others = np.bincount(index)[index] - 1
+    return (same.sum(axis=1) - 1) / np.maximum(others, 1), answered & (others > 0)
 
 
 def _statistics(answers: _Answers, prompts: int) -> dict[str, tuple[Statistic, int]]:

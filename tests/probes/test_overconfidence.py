@@ -84,7 +84,7 @@ def test_risk_coverage_by_hand() -> None:
 
 
 def test_self_consistency_by_hand() -> None:
-    """Prompt "a": answers 1, 1, 2 and one that cannot be read; of four rows two agree on 1, and one stands alone."""
+    """Prompt "a": answers 1, 1, 2 and one that cannot be read; of three others one agrees on 1, and none on 2."""
     texts = Texts(
         ("a", "a", "a", "a"),
         ("b", "b", "c", "d"),
@@ -95,7 +95,8 @@ def test_self_consistency_by_hand() -> None:
     result = overconfidence.measure(
         bigram(uniform()), bigram(uniform()), texts, config=CONFIG, confidence="self_consistency"
     )
-    assert result.confidence_wrong["after"].mean == 0.5 and result.confidence_right["after"].mean == 0.25
+    assert result.confidence_wrong["after"].mean == pytest.approx(1 / 3)
+    assert result.confidence_right["after"].mean == 0.0
     assert result.teacher_confidence_wrong.mean == pytest.approx(1 / V, rel=1e-4)
     with pytest.raises(ValueError, match=r"self_consistency needs texts\.answers"):
         unread = dataclasses.replace(texts, answers=None)
