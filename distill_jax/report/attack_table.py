@@ -136,10 +136,15 @@ def heat_map(attacks: Mapping[str, Any], kind: str) -> dict[str, dict[str, float
     shades: dict[str, dict[str, float]] = {}
     for attack, found in attacks["cells"].get(kind, {}).items():
         for arm, numbers in found.items():
-            gap = numbers.get("recovered_gap")
-            if gap is not None and gap["mean"] is not None and numbers.get("clean_gains", True):
-                shades.setdefault(attack, {})[arm] = min(1.0, max(0.0, gap["mean"]))
+            share = shade(numbers.get("recovered_gap"))
+            if share is not None and numbers.get("clean_gains", True):
+                shades.setdefault(attack, {})[arm] = share
     return shades
+
+
+def shade(gap: Mapping[str, Any] | None) -> float | None:
+    """A recovered gap cut to [0, 1], None where it is undefined."""
+    return None if gap is None or gap["mean"] is None else min(1.0, max(0.0, gap["mean"]))
 
 
 def shaded_rows(

@@ -17,6 +17,7 @@ from distill_jax.report.answer import answer
 from distill_jax.report.attack_table import page_view
 from distill_jax.report.coloured import Piece, Span, full_tint, legend, pieces, read_spans
 from distill_jax.report.records import ARMS, read_metrics, read_rollouts, write_bytes
+from distill_jax.report.recovered import recovered_tables
 from distill_jax.report.table import accuracy_table, alignment_lines, claim_numbers, claim_title
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def render_html(
         total=words.seconds(sum(summary["wall_clock_s"].values())),
         setting=summary["setting"],
         attacks=page_view(summary["attacks"]) if "attacks" in summary else None,
+        recovered=recovered_tables(summary),
         probes=probe_table.page_view(summary),
         dial=dial_table.page_view(summary["dial"]) if "dial" in summary else None,
         study=study_table.page_view(summary["study"]) if "study" in summary else None,

@@ -4,7 +4,7 @@
      "arms": {arm: {"teacher": {metric: V}, "students": {attack: {student: {metric: V}}}, "probes": {}}},
      "baselines": {"base_student": {student: {metric: V}}, "gold_sft": {student: {metric: V}}},
      "texts": {arm: {student: {"kept": [int, one a seed], "dropped": [int]}}},
-     "claims": [...], "missing": [str]}
+     "recovered": {student: {metric: {arm: V}}}, "claims": [...], "missing": [str]}
 
 The pipeline adds "effective_config": the config with its modes (smoke, budget_curve) worked in.
 
@@ -33,6 +33,7 @@ from distill_jax.report.records import (
     Results,
     read_results,
 )
+from distill_jax.report.recovered import recovered_gaps
 from distill_jax.report.statistics import RESAMPLES, Value, estimate, minimum_detectable_effect
 
 SCHEMA = 1
@@ -240,6 +241,7 @@ def summarise(
             "arms": arms,
             "baselines": baselines,
             "texts": texts,
+            "recovered": recovered_gaps(results, setting.attack, kinds, draw),
             "claims": claims,
             "missing": [*missing, *_missing_students(results, setting, kinds), *unjudged, *results.notes],
         }

@@ -257,11 +257,13 @@ def test_an_attack_that_hardly_works_on_the_clean_teacher_is_no_worst_case(tmp_p
 def test_page(tmp_path, broken):
     workdir = write_suite(tmp_path, **({"sham": {"A3": 0.2, "A5": 0.2}} if broken else {}))
     summary = summarise(workdir, CONFIG, ENVIRONMENT, SETTING, resamples=200)
-    assert 'id="attacks"' not in render_html(summary, [], {})
+    before = render_html(summary, [], {})
+    assert "holds one attack" in before and "more numbers of the same cells" not in before
     summary["attacks"] = summarise_attacks(workdir, summary["setting"], resamples=200)
     page = render_html(summary, [], {})
     assert "more numbers of the same cells" in page and ("worst case of each access" in page) is not broken
-    assert 'id="attacks"' in page and ("worst-case recovered gap" in page) is not broken
+    assert page.count('id="attacks"') == 1 and "holds one attack" not in page
+    assert ("worst-case recovered gap" in page) is not broken
     assert ('<p class="alarm">THE EVALUATION IS INVALID' in page) is broken
     json.dumps(summary, allow_nan=False)
 

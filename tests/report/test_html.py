@@ -99,6 +99,7 @@ def test_the_answer_comes_first_then_everything_else(page):
         "Accuracy",
         "The knob",
         "Over the budget",
+        "Attacks",
         "What calibration did to the teachers",
         "The same prompts, teacher by teacher",
         "The run",
