@@ -128,7 +128,7 @@ def test_summary(finished):
     assert json.loads((workdir / "report" / "summary.json").read_text()) == summary
     assert set(summary) == {
         *("schema", "config", "effective_config", "environment", "wall_clock_s", "setting"),
-        *("arms", "baselines", "texts", "claims", "missing"),
+        *("arms", "baselines", "texts", "recovered", "claims", "missing"),
     }
     # What smoke mode changed: the config keeps the full value, beside it stands what ran.
     full, ran = summary["config"]["distillation"], summary["effective_config"]["distillation"]
