@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import jax
 import pytest
@@ -33,6 +34,7 @@ def test_an_error_is_raised_and_begins_nothing_more(workers):
         raise OSError("no room")
 
     def job():
+        time.sleep(0.001)  # all 1,000 could be done before a busy machine has seen the error
         begun.append(1)
 
     with pytest.raises(OSError, match="no room"):
