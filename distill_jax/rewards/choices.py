@@ -2,7 +2,7 @@
 
 Models say it in many ways: `B`, `(B) Paris`, `**Answer: B**`, `\\boxed{\\text{B}}`, `The answer is Paris.` The
 last mark of the strongest kind counts, since models correct themselves; a completion that names two options
-where it should name one chose none.
+where it should name one chose none. What is said of an option in passing ("Option A is wrong") chooses nothing.
 """
 
 from __future__ import annotations
@@ -10,24 +10,39 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from distill_jax.rewards.answer_part import answer_part
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+_TAGGED = re.compile(r"<answer>([^<]*)", re.DOTALL | re.IGNORECASE)
+_VERB = r"(?:is|would be|should be|must be)\b"
+_LEADS = (
+    r"(?:\s*[:=]|\s+[-\u2013\u2014](?=\s))?\s*(?:therefore\s+|clearly\s+|most likely\s+)?"
+    r"(?:option\b|choice\b|letter\b)?\s*[:=]?\s*"
+)
 _ANNOUNCED = re.compile(
-    r"\b(?:answer|choice|option)\b(?:\s+(?:here|to (?:this|the) question))?(?:\s+(?:is|would be|should be|must be)\b)?"
-    r"\s*[:=]?\s*(?:therefore\s+|clearly\s+|most likely\s+)?(?:option\b|choice\b|letter\b)?\s*[:=]?\s*"
+    rf"\b(?:answer\b(?:\s+(?:here|to (?:this|the) question))?(?:\s+{_VERB})?|(?:choice|option)\s+{_VERB}){_LEADS}"
     r"|答案(?:是|为)?\s*[:\uff1a]?\s*",
     re.IGNORECASE,
 )
 _DECLARED = re.compile(
     r"(?<![\w'])\(?([A-Z])\)?[.:]?(?:\s*\([^()]*\))?\s+is\s+(?:clearly\s+)?(?:the\s+)?(?:most\s+|single\s+)?"
-    r"(?:correct|right|best|appropriate|accurate)\b"
+    r"(?:correct|right|best|appropriate|accurate|answer)\b"
+    r"|\b(?:[Ii]t(?:'s| is)|[Tt]herefore|[Tt]hus|[Hh]ence|[Ss]o),?\s+\(?([A-Z])\)?\s*(?:[.!]|$)",
+    re.MULTILINE,
+)
+_NAMED = re.compile(r"\b(?:choice|option)\b\s*[:=]?\s*", re.IGNORECASE)
+# What follows an option that is spoken of, and not chosen.
+_REFUSED = re.compile(
+    r"[)\]}]?\s*[:,]?\s*(?:\([^()]*\)\s*)?(?:(?:is|are|was|looks?|seems?|would be|also|clearly|thus|therefore)\s+)*"
+    r"(?:not\b|isn't\b|cannot\b|can't\b|wrong\b|incorrect\b|false\b|in error\b|ruled out\b)",
+    re.IGNORECASE,
 )
 # A letter, alone or in brackets, that is no part of a word.
 _LETTER = re.compile(r"[\s(\[\"'“{]*([A-Za-z])(?![\w'’])[)\]}]?")
 _SECOND = re.compile(r"\s*(?:[,;|/&]|\bor\b|\band\b)\s*(?:or\s+|and\s+)?\(?([A-Z])\)?(?![\w'’])")
-_DECORATION = re.compile(r"\*\*|__|`|\$|\\(?:text|textbf|mathrm|mathbf|textit)\s*(?=\{)")
+_DECORATION = re.compile(r"\*\*|__|`|\$|\\[()\[\]]|\\(?:text|textbf|mathrm|mathbf|textit)\s*(?=\{)")
 # After "A" or "I", which are words too, only these make it a letter.
 _GOES_ON = re.compile(r"\s*(?:$|[\n.,:;)\]}\"'”(!-]|(?:because|since|as|for|is|or|and)\b)")
 
@@ -35,13 +50,14 @@ _GOES_ON = re.compile(r"\s*(?:$|[\n.,:;)\]}\"'”(!-]|(?:because|since|as|for|is
 def extract_choice(completion: str, options: Sequence[str], stop_texts: Sequence[str] = ()) -> int | None:
     """The index of the option that a completion chose, None when it chose none, or more than one.
 
-    Reasoning in `<think>` is left out, and the completion is read up to the first stop text. The first of
-    these that is there decides, and of several of a kind the last:
+    Read is `answer_part`: without thinking, up to the first stop text. The first of these that is there decides, and
+    of several of a kind the last:
 
-    1. `<answer>...</answer>`, `\\boxed{...}`, what follows `####`;
-    2. what follows "answer", "option" or "choice", with or without "is" and a colon;
-    3. "B is correct";
-    4. a last or first line that is nothing but a choice: `B`, `(B)`, `B. Paris`, `Paris`.
+    1. `<answer>...</answer>`, `\\boxed{...}`, and, where no later answer is announced, what follows `####`;
+    2. what follows "answer", with or without "is" and a colon, or "option is", "choice would be";
+    3. "B is correct", "it is B.", "therefore, B.";
+    4. "option B", unless it is called wrong;
+    5. a last or first line that is nothing but a choice: `B`, `(B)`, `B. Paris`, `Paris`.
 
     A choice is a letter of the options (a small one only in brackets or alone), or an option's text.
 
@@ -50,9 +66,9 @@ def extract_choice(completion: str, options: Sequence[str], stop_texts: Sequence
       options: texts of the options; the first has the letter A.
       stop_texts: where a model that never ends by itself has begun something else.
     """
-    text = completion.rpartition("</think>")[2].lstrip()
-    text = text[: min((text.find(stop) for stop in stop_texts if stop in text), default=None)].strip()
-    for marks in (_strong_marks(text), _announced(text), _DECLARED.findall(_plain(text))):
+    text = answer_part(completion, stop_texts).strip()
+    declared = (first or second for first, second in _DECLARED.findall(_plain(text)))
+    for marks in (_strong_marks(text), _after(_ANNOUNCED, text), declared, _named(text)):
         for tail in reversed(list(marks)):
             choice = _choice_at_start(_plain(tail), options)
             if choice is not None:
@@ -73,13 +89,24 @@ def _plain(text: str) -> str:
 def _strong_marks(text: str) -> Iterator[str]:
     yield from _TAGGED.findall(text)
     yield from _BOXED.findall(text)
-    yield from filter(str.strip, text.split("####")[1:])
+    marked = list(filter(str.strip, text.split("####")[1:]))
+    # Four of these signs are a heading as well: an answer that is announced further down is the answer.
+    if marked and not _ANNOUNCED.search(_plain(marked[-1].strip().partition("\n")[2])):
+        yield from marked
 
 
-def _announced(text: str) -> Iterator[str]:
+def _after(pattern: re.Pattern[str], text: str) -> Iterator[str]:
     plain = _plain(text)
-    for match in _ANNOUNCED.finditer(plain):
+    for match in pattern.finditer(plain):
         yield plain[match.end() :]
+
+
+def _named(text: str) -> Iterator[str]:
+    """What follows "option" or "choice", where the option is not called wrong."""
+    for tail in _after(_NAMED, text):
+        match = _LETTER.match(tail)
+        if match is None or not _REFUSED.match(tail[match.end() :]):
+            yield tail
 
 
 def _choice_at_start(tail: str, options: Sequence[str]) -> int | None:
@@ -114,7 +141,7 @@ def _option_text(line: str, options: Sequence[str]) -> int | None:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+|[^\w\s.,;:!?()\"'“”]", text.lower())
+    return re.findall(r"[^\W_]+|[^\w\s.,;:!?(){}\"'“”]", text.lower())
 
 
 def _whole_line(line: str, options: Sequence[str]) -> int | None:

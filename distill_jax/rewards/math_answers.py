@@ -10,24 +10,32 @@ run is in `math_comparison`.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 
+from distill_jax.rewards.answer_part import answer_part
 from distill_jax.rewards.functions import LimitedFunction
 
 ANSWER_MARK = "####"
+# The mark is a heading in Markdown: words alone, or the number of a step.
+_HEADING = re.compile(r"(?:[A-Za-z][A-Za-z ,'-]{2,}|(?:step|part|case)\b.*):?", re.IGNORECASE)
 MEMORY_BYTES = 4 << 30
 
 
 def final_answer(completion: str, stop_texts: Sequence[str] = ()) -> str:
     """The part of a completion that is judged.
 
-    The completion is read up to the first stop text (leading white space aside). Where it has the mark `####`,
-    the first line after the last one; else all of it, and math-verify looks for the answer.
+    Of `answer_part` (no thinking, up to the first stop text) the first line after the last mark `####`; all of it where
+    there is none, where that line is a heading, or where a box comes later; then math-verify looks for the answer.
     """
-    text = completion.lstrip()
-    text = text[: min((text.find(stop) for stop in stop_texts if stop in text), default=None)]
+    text = answer_part(completion, stop_texts).replace("\\$", "")  # an escaped sign of a currency
     working, mark, after = text.rpartition(ANSWER_MARK)
-    return after.strip().partition("\n")[0] if after.strip() and mark else working if mark else text
+    if not mark or "\\boxed" in after:
+        return text
+    if not after.strip():
+        return working
+    line, _, rest = after.strip().partition("\n")
+    return rest.strip() if rest.strip() and _HEADING.fullmatch(line.strip(" *")) else line
 
 
 class MathVerifier:

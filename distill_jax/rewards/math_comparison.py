@@ -7,10 +7,17 @@ first comparison.
 from __future__ import annotations
 
 import logging
+import re
+from typing import Any
 
+import sympy
 from math_verify import parse, verify
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+
+
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|\\boxed")
+_BRACE = re.compile(r"[{}]")
 
 
 def same_answer(answer: str, completion: str) -> float:
@@ -23,10 +30,30 @@ def same_answer(answer: str, completion: str) -> float:
     reference = parse(marked, parsing_timeout=None)  # type: ignore[arg-type]
     if not reference:
         raise ValueError(f"math-verify reads no mathematics in the reference answer {answer!r}")
+    if _is_expression(completion):
+        # In plain text the parser takes the last number for the answer: 2 of x^2 + 2, 4 of (3, 4).
+        formula = _BRACE.sub(r"\\\g<0>", completion.strip()) if "\\" not in completion else completion.strip()
+        whole = parse("$" + formula.replace("\u03c0", "\\pi ") + "$", parsing_timeout=None)  # type: ignore[arg-type]
+        if whole and verify(reference, whole, timeout_seconds=None):
+            return 1.0
+        if whole and _says_more_than_a_number(whole[0]):
+            return 0.0
     found = parse(completion, parsing_timeout=None)  # type: ignore[arg-type]
-    if not found and completion.strip() and len(completion) < 200:
-        found = parse(f"${completion.strip()}$", parsing_timeout=None)  # type: ignore[arg-type]
     return float(bool(found) and verify(reference, found, timeout_seconds=None))
+
+
+def _is_expression(text: str) -> bool:
+    """One line of mathematics without words and without marks of its own."""
+    line = text.strip()
+    return (
+        bool(line) and len(line) < 200 and "\n" not in line and "$" not in line and _WORD.search(line) is None
+    )
+
+
+def _says_more_than_a_number(found: Any) -> bool:
+    """Several values, or a formula: no answer to a question with one number, though one stands in it."""
+    several = isinstance(found, sympy.Set | sympy.Tuple | sympy.MatrixBase)
+    return several or (isinstance(found, sympy.Expr) and bool(found.free_symbols))
 
 
 same_answer("$\\frac{1}{2}$", "$x = 0.5$")  # builds the parser's tables

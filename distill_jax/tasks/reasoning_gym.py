@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS, create_dataset
 
+from distill_jax.rewards.answer_part import answer_part
 from distill_jax.tasks.base import Problem, Split, check_draw, did_you_mean, gather, split_of, stable_hash
 
 INSTRUCTION = 'End with "#### " and the answer.'
@@ -80,7 +81,7 @@ def extract_answer(
 ) -> str | None:
     """Finds the answer in a completion.
 
-    The completion is read up to the first stop text (leading white space aside). The answer is the first that
+    It is looked for in `answer_part`: without thinking, up to the first stop text. The answer is the first that
     is not empty of: what the last `<answer>...</answer>` holds; what follows the last `####`; what follows
     the last
     "answer is" or "Answer:"; and, when the reference is a number, the last number. From what follows a mark,
@@ -97,8 +98,7 @@ def extract_answer(
     Returns:
       The answer, or None when there is none.
     """
-    text = completion.lstrip()
-    text = text[: min((text.find(stop) for stop in stop_texts if stop in text), default=None)]
+    text = answer_part(completion, stop_texts)
     is_number = reference is not None and _NUMBER.fullmatch(reference.strip()) is not None
     candidates = [
         *_TAGGED.findall(text)[-1:],

@@ -52,6 +52,23 @@ CASES = [
     ("A good question! I would have to look it up.", None),
     ("Answer: G", None),
     ("I am not sure.", None),
+    # What is said of another option after the answer, or before it, chooses nothing.
+    ("The answer is B. Option A is incorrect.", 1),
+    ("Answer: B\n\nOption A is wrong. Option D: also wrong.", 1),
+    ("Therefore, the correct option is B.\n\nOption D is not right because it is in America.", 1),
+    ("Option B is correct, option A is wrong.", 1),
+    ("Option A (London) is wrong. I would take option B.", 1),
+    ("Option A: in England.\nOption B: in France.\nOption D: in America.\nB is correct.", 1),
+    ("#### A. London\nIn England.\n#### D. New York\nIn America.\nThe answer is B.", 1),
+    ("Option A is wrong.", None),
+    ("<think>The answer is A", None),
+    ("<think>A?", None),
+    ("\\boxed{\\text{Paris}}", 1),
+    ("The answer is \\(B\\).", 1),
+    ("Answer - B", 1),
+    ("I think it's B.", 1),
+    ("Therefore, B.", 1),
+    ("B is the answer", 1),
     ("", None),
 ]
 

@@ -23,6 +23,29 @@ CASES = [
     ("-3", "#### 3", 0.0),
     ("5", "", 0.0),
     ("5", "I do not know.", 0.0),
+    # The form that the prompt asks for, with answers that are more than a number.
+    ("(3,4)", "#### (3, 4)", 1.0),
+    ("x^2+1", "#### 1 + x^2", 1.0),
+    ("2\\sqrt{3}", "#### 2 \\sqrt{3}", 1.0),
+    ("3x+2", "#### 2+3x", 1.0),
+    ("\\{1,2\\}", "#### {2, 1}", 1.0),
+    ("y=2x+1", "#### y = 2x + 1", 1.0),
+    ("12\\pi", "#### 12\u03c0", 1.0),
+    ("\\frac{3}{4}", "#### \\frac{3}{4}", 1.0),
+    ("72", "#### 72 cm", 1.0),
+    ("72", "#### 72 clips", 1.0),
+    # One number is not told by a formula or a list in which it stands.
+    ("2", "#### (1, 2)", 0.0),
+    ("1", "#### x^2 + 1", 0.0),
+    ("5", "#### 5x", 0.0),
+    ("5", "#### 3 or 5", 0.0),
+    ("5", "#### 1, 2, 3, 4, 5", 0.0),
+    # Headings, currencies, thinking.
+    ("72", "#### Final Answer\n\n72", 1.0),
+    ("72", "#### Step 3: Add\n48 + 24 = 72\n\n\\boxed{72}", 1.0),
+    ("18", "The total is \\$18.", 1.0),
+    ("5", "<think>\nmaybe \\boxed{4}</think>\n\\boxed{5}", 1.0),
+    ("5", "<think>maybe #### 5", 0.0),
 ]
 
 

@@ -169,6 +169,11 @@ def test_extraction(completion, reference, answer):
     assert extract_answer(completion, reference) == answer
 
 
+def test_thinking_is_no_answer():
+    assert extract_answer("<think>12 apples?\n\nNo.</think>\n\n#### 16", "16", stop_texts=()) == "16"
+    assert extract_answer("<think>12 apples? #### 12", "16") is None
+
+
 def test_stop_texts_are_an_option():
     assert STOP_TEXTS == ("\n\n", "\nQuestion:")
     completion = "First paragraph 3.\n\nSecond paragraph.\n#### 7"
