@@ -207,6 +207,7 @@ class Decoder(nn.Module):
                 ("vocab",),
                 dtype=dtype,
                 param_dtype=param_dtype,
+                out_dtype=jnp.float32,
             )
 
     def __call__(
@@ -240,7 +241,7 @@ class Decoder(nn.Module):
         if self.spec.tie_embeddings:
             logits = self.embed.attend(hidden, jnp.dtype(self.dtype))
         else:
-            logits = self.head(hidden, scale).astype(jnp.float32)
+            logits = self.head(hidden, scale)
         if self.spec.final_logit_softcap is not None:
             logits = jnp.tanh(logits / self.spec.final_logit_softcap) * self.spec.final_logit_softcap
         return logits

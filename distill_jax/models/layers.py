@@ -23,7 +23,8 @@ def _expand(weight: jax.Array, like: jax.Array) -> jax.Array:
 class Projection(nn.Module):
     """x[..., *in] -> y[..., *out]; with an adapter: y + scale * (x a) b, the product a b never being built.
 
-    The kernel may be one of `quantised.quantise`: frozen, and widened here.
+    The kernel may be one of `quantised.quantise`: frozen, and widened here. The operands are of `dtype`, and so is y
+    unless `out_dtype` says otherwise.
     """
 
     in_shape: tuple[int, ...]
@@ -33,6 +34,7 @@ class Projection(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    out_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -51,12 +53,15 @@ class Projection(nn.Module):
             self.param_dtype,
         )
 
+        out_dtype = self.dtype if self.out_dtype is None else self.out_dtype
+
         def contract(value: jax.Array, weight: jax.Array, dims: int) -> jax.Array:
             # As one matrix product: with more dimensions XLA on CPU computes parts of the backward pass again into
             # transposed copies (1.65 times the time of a training step).
             lead, out = value.shape[: value.ndim - dims], weight.shape[dims:]
             rows = value.astype(self.dtype).reshape(math.prod(lead), -1)
-            return (rows @ weight.astype(self.dtype).reshape(rows.shape[1], -1)).reshape(*lead, *out)
+            kernel = weight.astype(self.dtype).reshape(rows.shape[1], -1)
+            return jnp.matmul(rows, kernel, preferred_element_type=out_dtype).reshape(*lead, *out)
 
         if is_quantised(kernel):
             # Checkpointed, so that a backward pass keeps the 8 bits and not what they were widened to.
@@ -67,7 +72,7 @@ class Projection(nn.Module):
         if self.has_variable("adapter", "a"):
             low = contract(x, self.get_variable("adapter", "a"), n_in)
             delta = contract(low, self.get_variable("adapter", "b"), 1)
-            y = y + delta * scale.astype(self.dtype)
+            y = y + delta * scale.astype(out_dtype)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -75,7 +80,7 @@ class Projection(nn.Module):
                 self.out_shape,
                 self.param_dtype,
             )
-            y = y + _expand(bias.astype(self.dtype), y)
+            y = y + _expand(bias.astype(out_dtype), y)
         return y
 
 

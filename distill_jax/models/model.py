@@ -48,7 +48,7 @@ class Model:
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.spec.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, but the model's embedding only "
-                f"{self.spec.vocab_size}; they do not belong together"
+                f"{self.spec.vocab_size}; they do not belong together: put the model's own tokenizer beside its weights"
             )
 
     def logits(
@@ -166,6 +166,9 @@ def load_model(
         module = Decoder(spec, mesh, dtype, param_dtype=dtype)
         params = read_gguf_params(file, module, weights)
         tokenizer = tokenizer or Tokenizer.from_gguf(path)
+    if tokenizer is not None and tokenizer.vocab_size < spec.vocab_size:
+        # Embeddings are often padded, and a model may write an id of the padding: legal, and no text.
+        tokenizer = tokenizer.with_vocab_size(spec.vocab_size)
     return Model(spec, params, tokenizer, module, mesh)
 
 

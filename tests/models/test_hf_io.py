@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from distill_jax.mesh import ShardingError
 from distill_jax.models.adapter import AdapterConfig, init_adapter
-from distill_jax.models.decoder import Decoder
+from distill_jax.models.decoder import Decoder, init_params
 from distill_jax.models.model import Model, load_model, save_model
 from distill_jax.models.spec import RopeScaling
+from distill_jax.text.token_ids import TokenIds
 from distill_jax.text.tokenizers import Tokenizer
 from tests.models.small_models import FAMILIES, GOLDENS, answers, edit_config, stored_weights
 
@@ -119,6 +120,29 @@ def test_bfloat16_weights_and_files(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     with pytest.raises(ValueError, match=r"float32.*int8"):
         load_model(GOLDENS / "llama", dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3"])
+def test_bfloat16_logits_are_not_rounded_to_bfloat16(name):
+    """Of a tied head as of one with weights of its own: near 20 that would be steps of an eighth."""
+    logits = np.asarray(load_model(GOLDENS / name, dtype="bfloat16").logits(answers(name)["tokens"]))
+    assert logits.dtype == np.float32
+    assert np.mean(logits == logits.astype(jnp.bfloat16).astype(np.float32)) < 0.05
+
+
+def test_an_embedding_with_spare_rows(tmp_path):
+    """Published embeddings are padded; a model that writes an id of the padding has written no text."""
+    model = load_model(GOLDENS / "llama")
+    small = Tokenizer.bytes_tokenizer()
+    rows = small.vocab_size + 5
+    spec = dataclasses.replace(model.spec, vocab_size=rows)
+    module = Decoder(spec)
+    save_model(Model(spec, init_params(module, jax.random.key(0)), small, module), tmp_path / "padded")
+    padded = load_model(tmp_path / "padded").tokenizer
+    assert padded.vocab_size == rows and padded.vocabulary_hash == small.vocabulary_hash
+    ids = TokenIds([*small.encode("ab"), rows - 1], small.vocabulary_hash)
+    assert padded.decode(ids) == "ab"
+    assert padded.byte_ends(ids).tolist() == [1, 2, 2]
 
 
 def test_a_copy_of_the_embedding_as_head_is_accepted_and_another_head_is_not(folder):
