@@ -22,11 +22,12 @@ from distill_jax.models.decoder import Decoder, Params
 from distill_jax.models.model import Model
 from distill_jax.rft.micro_batches import map_rows
 from distill_jax.sequences import Sequences, pack_sequences
-from distill_jax.text.chat import render_prompt
+from distill_jax.text.chat import render_answered, render_prompt
 from distill_jax.text.token_ids import TokenIds
 from distill_jax.text.tokenizers import Tokenizer
 
 PROMPT_STYLES = ("raw", "auto", "plain", "chat")
+_SENTINEL = "SENTINEL"  # an answer that no template holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +79,21 @@ def pick_size(longest: int, sizes: Sequence[int]) -> int:
 
 
 def end_of_text_id(tokenizer: Tokenizer, style: str) -> int:
-    """What this model ends an answer with: in a chat the id that its template closes a turn with, else the end of
-    sequence.
+    """What this model ends an answer with: in a chat the id that its template writes after an answer, else the end
+    of sequence.
 
     Raises:
-      ValueError: the tokenizer has no end of sequence.
+      ValueError: the tokenizer has no end of sequence, or a template that fails.
     """
     if not tokenizer.eos_ids:
         raise ValueError(f"{tokenizer!r} has no end-of-sequence token, so it cannot score the end of a text")
-    template = tokenizer.chat_template if style in ("auto", "chat") else None
-    written = [
-        index
-        for index in tokenizer.eos_ids
-        if template and (tokenizer.id_to_token(index) or "\0") in template
-    ]
-    if written:
-        return written[0]
+    if style in ("auto", "chat") and tokenizer.chat_template:
+        # Not what the template's source names: it may name ends of other turns, of a call of a tool for one.
+        after = render_answered(tokenizer, "?", _SENTINEL).rpartition(_SENTINEL)[2]
+        names = {index: tokenizer.id_to_token(index) for index in tokenizer.eos_ids}
+        places = {index: after.find(name) for index, name in names.items() if name and name in after}
+        if places:
+            return min(places, key=lambda index: places[index])
     return tokenizer.eos_ids[0] if tokenizer.eos_id is None else tokenizer.eos_id
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 from typing import Any
@@ -15,6 +16,8 @@ import jinja2.sandbox
 from distill_jax.text.tokenizers import Tokenizer
 
 STYLES = ("auto", "plain", "chat")
+# What a template that asks for the date is told: always the same, so that a prompt is the same tomorrow.
+TODAY = datetime.datetime(2024, 7, 26)
 
 
 def render_prompt(
@@ -77,7 +80,14 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation
     names = {name: tokenizer.id_to_token(index) for name, index in special_ids.items() if index is not None}
     try:
         template = _compile(tokenizer.chat_template)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+        # Without tools and documents, which templates ask about by `is none` as well as by `is defined`.
+        return template.render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **names,
+        )
     # A template is a program: it can end in any error, its own raise_exception and the sandbox's refusals among them.
     except Exception as error:
         raise ValueError(
@@ -104,11 +114,20 @@ def _compile(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = TODAY.strftime
     return environment.from_string(template)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

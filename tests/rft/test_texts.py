@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,10 @@ def test_end_of_a_turn_is_what_the_template_writes():
     assert end_of_text_id(chat, "chat") == end_of_text_id(chat, "auto") == 256
     assert end_of_text_id(chat, "raw") == 258
     assert end_of_text_id(BYTES, "auto") == 258
+    # A template may name the end of something else first: of a call of a tool, where there is one.
+    template = "{% if tools %}<pad>{% endif %}{% for m in messages %}<bos>{{ m['content'] }}<eos>{% endfor %}"
+    both = dataclasses.replace(settings, eos_ids=(256, 258), chat_template=template)
+    assert end_of_text_id(Tokenizer(BYTES._encoder.backend, both), "chat") == 258
 
 
 def test_bad_input():

@@ -51,6 +51,12 @@ def test_what_templates_can_use():
     )
     expected = '<bos>{"role": "user", "content": "é\\"<"}<eos><pad>go!'
     assert render_prompt(with_template(template), 'é"<') == expected
+    asks = (
+        "{{ strftime_now('%d %b %Y') }}{% if tools is not none %}t{% endif %}"
+        "{% if documents is not none %}d{% endif %}"
+        "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}"
+    )
+    assert render_prompt(with_template(asks), "?") == '26 Jul 2024{"a":1,"b":"\\u00e9"}'
 
 
 @pytest.mark.parametrize(
