@@ -50,6 +50,7 @@ from distill_jax.rft.config import CalibrationConfig
 from distill_jax.rft.losses import KLAnchor
 from distill_jax.rft.step import RftConfig
 from distill_jax.students.train import StudentConfig
+from distill_jax.tasks import SPLITS
 
 ETA = {
     "control": 0.0,
@@ -58,11 +59,11 @@ ETA = {
 }  # strength of each calibrated arm; control is 0
 
 
-# Task on data of the user's own -> the columns that it reads.
+# Task on data of the user's own -> the columns that it can read.
 DATA_TASKS = {
-    "math_text": ("question", "answer"),
-    "multiple_choice": ("question", "answer", "choices"),
-    "instructions": ("question", "answer"),
+    "math_text": ("question", "answer", "working"),
+    "multiple_choice": ("question", "answer", "choices", "labels"),
+    "instructions": ("question", "answer", "context"),
 }
 
 
@@ -291,7 +292,11 @@ def _reasoning_gym(config: config_dict.ConfigDict, dataset: str, shots: int) -> 
 def _data_task(config: config_dict.ConfigDict, task: str) -> None:
     text, number = config_dict.placeholder(str), config_dict.placeholder(int)
     options = config_dict.create(path="", dataset=text, shots=0, max_prompt_bytes=number, instruction=text)
-    options.columns = config_dict.create(**{name: config_dict.placeholder(str) for name in DATA_TASKS[task]})
+    options.update(data_dir=text, require_end=config_dict.placeholder(bool))
+    for name, keys in (("columns", DATA_TASKS[task]), ("splits", SPLITS)):
+        options[name] = config_dict.create(**{key: config_dict.placeholder(str) for key in keys})
+    if task == "math_text":
+        options.answer_mark = config_dict.placeholder(str)
     if task == "instructions":
         options.update(reward_model="", centre=0.0, spread=1.0)
         config.calibration.correct_at = 0.5  # of a score that the reward model gives, squashed to 0 to 1
@@ -327,6 +332,7 @@ def _trio(config: config_dict.ConfigDict, *names: str) -> dict[str, Any]:
         for source, preset in zip(names[:3], names[3:], strict=True)
     ]
     _reasoning_gym(config, "gsm_symbolic", 0)
+    config.task.options.stop_texts = ()  # their answers have blank lines, and an end
     config.mesh, config.dtype, config.remat = "fsdp=16", "bfloat16", "full"
     _fill(config, *_loaded(roles[0], roles[1], roles[2], 512, 512), Evaluation(batch=128))
     return _SMOKE | {"distillation.training.batch_size": 16}

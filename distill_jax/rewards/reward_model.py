@@ -9,8 +9,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.models.classifier import Classifier, load_classifier
+from distill_jax.models.hub import is_hub_name, split_name
 from distill_jax.sequences import pack_prompts
 from distill_jax.text.chat import render_answered
+
+
+def check_source(source: str) -> None:
+    """Looks at where a reward model shall be read from, without reading it.
+
+    Raises:
+      ValueError: neither a Hugging Face folder nor a name on the hub.
+    """
+    if is_hub_name(source):
+        split_name(source)
+    elif not (Path(source).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"reward_model: there is no config.json in {source!r}; expected the Hugging Face folder of a sequence "
+            "classifier with one label, or its name on the hub (hf://ORGANISATION/NAME)"
+        )
 
 
 class RewardModel:

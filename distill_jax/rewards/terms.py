@@ -15,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax.models.hub import is_hub_name, split_name
 from distill_jax.rewards.functions import LEAST_MEMORY_BYTES, LimitedFunction
-from distill_jax.rewards.reward_model import RewardModel
+from distill_jax.rewards.reward_model import RewardModel, check_source
 from distill_jax.rewards.shaping import form_pattern, length_reward
 from distill_jax.rewards.worker import load_function
 
@@ -128,12 +126,8 @@ class RewardTerm:
         """
         if self.kind == "function":
             load_function(self.source, FUNCTION_NAMES)
-        elif self.kind == "reward_model" and is_hub_name(self.source):
-            split_name(self.source)
-        elif self.kind == "reward_model" and not (Path(self.source).expanduser() / "config.json").is_file():
-            raise ValueError(
-                f"a reward model is read from a Hugging Face folder; there is no config.json in {self.source!r}"
-            )
+        elif self.kind == "reward_model":
+            check_source(self.source)
 
 
 def check_terms(terms: Sequence[RewardTerm]) -> tuple[RewardTerm, ...]:

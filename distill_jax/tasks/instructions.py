@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.data.sources import Row
-from distill_jax.rewards.reward_model import RewardModel
+from distill_jax.rewards.reward_model import RewardModel, check_source
 from distill_jax.tasks.base import Problem
 from distill_jax.tasks.rows import Asked, RowTask, column
 
@@ -29,7 +28,8 @@ class Instructions(RowTask):
     Args:
       path, dataset, columns, splits, pool, shots, instruction, max_prompt_bytes, data_dir: see `RowTask`. Columns:
         "question", "context", "answer"; the last two may be empty, or absent.
-      reward_model: folder of the sequence classifier that judges; loaded when there is something to judge.
+      reward_model: the sequence classifier that judges, a folder or hf://ORGANISATION/NAME; loaded when there is
+        something to judge.
       centre, spread: score with the reward one half, and how far from it the reward is 0.73.
       dtype, batch_size, sizes: see `RewardModel.load`; `use_mesh` says where it lies.
       require_end: score 0 when the model did not end by itself.
@@ -68,11 +68,7 @@ class Instructions(RowTask):
     ) -> None:
         if not spread > 0:
             raise ValueError(f"spread must be positive, got {spread}")
-        if not (Path(reward_model).expanduser() / "config.json").is_file():
-            raise ValueError(
-                f"reward_model: there is no config.json in {reward_model!r}; expected the Hugging Face folder of a "
-                "sequence classifier with one label"
-            )
+        check_source(reward_model)
         self._source, self._dtype, self._batch_size = reward_model, dtype, batch_size
         self._sizes, self._centre, self._spread = tuple(sizes), centre, spread
         self._require_end, self._stop_texts = require_end, tuple(stop_texts)

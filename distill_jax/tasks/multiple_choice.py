@@ -59,18 +59,26 @@ class MultipleChoice(RowTask):
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise DataError(f"{where}: the column {name!r} should list 2 to 26 options, got {choices!r:.60}")
         options = [str(c["text"] if isinstance(c, Mapping) else c).strip() for c in choices]
-        labels: list[Any] = list(LETTERS[: len(options)])
-        if "labels" in self.entry.columns:
-            labels = column(row, self.entry.columns["labels"], where)
-        right = self._right(column(row, self.entry.columns["answer"], where), options, labels, where)
+        labels = list(LETTERS[: len(options)])
+        named = "labels" in self.entry.columns
+        if named:
+            labels = [str(label).strip() for label in column(row, self.entry.columns["labels"], where)]
+        answer = column(row, self.entry.columns["answer"], where)
+        right = self._right(answer, options, labels, named, where)
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
         question = "\n".join([self._text(row, "question", where), *lines])
         return Asked(
             question, LETTERS[right], f"Answer: {LETTERS[right]}", {"options": options, "right": right}
         )
 
-    def _right(self, answer: Any, options: list[str], labels: list[Any], where: str) -> int:
-        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+    def _right(self, answer: Any, options: list[str], labels: list[str], named: bool, where: str) -> int:
+        # A number is a place only where the options have no labels of their own, which may be numbers.
+        if (
+            not named
+            and isinstance(answer, int)
+            and not isinstance(answer, bool)
+            and 0 <= answer < len(options)
+        ):
             return answer
         text = str(answer).strip()
         for names in (labels, options):

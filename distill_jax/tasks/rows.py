@@ -191,27 +191,26 @@ class RowTask(abc.ABC):
     def _places(self, split: Split) -> list[tuple[RowSource, int]]:
         """Where the rows of a split stand. Every question is read once for it."""
         if split not in self._rows:
-            own = dict(self.entry.splits)
-            if split in own:
-                places = self._unique(self._candidates((own[split],)), set())
-            elif not self.entry.pool:
+            own, pool = dict(self.entry.splits), self.entry.pool
+            if split not in own and not pool:
                 raise DataError(
                     f"{self._data.where} has no rows for the split {split!r}: it serves {', '.join(own)} only; "
                     "train on another data set"
                 )
-            else:
-                held_out: set[int] = set()
-                if split == "train":
-                    for name in own.values():
-                        held_out |= {_key(asked.question) for _, asked in self._candidates((name,))}
-                places = self._unique(
-                    (
-                        (place, asked)
-                        for place, asked in self._candidates(self.entry.pool)
-                        if self._hashed(asked.question) == split
-                    ),
-                    held_out,
-                )
+            # A question that stands in several of the data set's own splits is in the test split, then in validation.
+            first: tuple[Split, ...] = () if split == "test" and split in own else ("test", "validation")
+            names = tuple(own[name] for name in first if name in own and name != split)
+            taken = {_key(asked.question) for _, asked in self._candidates(names)}
+            # What is drawn by the hash shares its rows with others that are, and with an own train that is in the pool.
+            drawn = split not in own or (split == "train" and own["train"] in pool)
+            places = self._unique(
+                (
+                    (place, asked)
+                    for place, asked in self._candidates((own[split],) if split in own else pool)
+                    if not drawn or self._hashed(asked.question) == split
+                ),
+                taken,
+            )
             self._rows[split] = self._some(places, split)
         return self._rows[split]
 

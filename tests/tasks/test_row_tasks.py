@@ -96,6 +96,38 @@ def test_multiple_choice_by_hand(tmp_path, judge):
     assert [task.score(problem, text, False) for text in said] == [1, 1, 0, 1]
 
 
+def test_own_splits_that_share_questions(tmp_path):
+    """Ten training questions stand in the test split as well, and validation is drawn from the training rows."""
+    for name, numbers in (("train", range(200)), ("test", range(190, 230))):
+        write_lines(tmp_path / f"{name}.jsonl", [{"question": f"{n}?", "answer": str(n)} for n in numbers])
+    splits = {"train": "train", "test": "test"}
+    task = get_task("math_text", path=str(tmp_path), splits=splits)
+    test = {problem.answer for problem in task.problems("test", 40, 0)}
+    validation = {problem.answer for problem in task.problems("validation", 5, 0)}
+    train = {problem.answer for problem in task.problems("train", 1000, 0)}
+    assert len(test) == 40 and not train & test and not train & validation and not validation & test
+    assert len(train) > 100
+    own = get_task("math_text", path=str(tmp_path), splits={**splits, "validation": "test"})
+    assert len(own.problems("test", 40, 0)) == 40
+    with pytest.raises(DataError, match="leaves no question for the split 'validation'"):
+        own.problems("validation", 1, 0)  # all of them are test questions
+
+
+@pytest.mark.parametrize("answer", [2, "2"])
+def test_labels_that_are_numbers(tmp_path, answer):
+    """The label 2 is the first option here; as a place it would be the third."""
+    rows = [{"q": f"{n}?", "o": ["x", "y", "z"], "l": [2, 3, 4], "a": answer} for n in range(200)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"question": "q", "choices": "o", "labels": "l", "answer": "a"}
+    task = get_task("multiple_choice", path=str(path), columns=columns)
+    assert task.problems("train", 1, 0)[0].answer == "A"
+    if answer == 2:
+        del columns["labels"]
+        plain = get_task("multiple_choice", path=str(path), columns=columns)
+        assert plain.problems("train", 1, 0)[0].answer == "C"
+
+
 def test_worked_examples(tmp_path, judge):
     task = make("super_gpqa", tmp_path, judge, shots=2)
     problems = task.problems("train", 40, 0)
@@ -238,6 +270,7 @@ def test_options_that_do_not_exist(tmp_path):
     refused(tmp_path, "splits names .'dev'.; expected some of train, validation, test", splits={"dev": "dev"})
     refused(tmp_path, "shots must be a whole number >= 0, not -1", shots=-1)
     refused(tmp_path, "no config.json in 'nowhere'", name="instructions", reward_model="nowhere")
+    refused(tmp_path, "hf://nobody", name="instructions", reward_model="hf://nobody")
     refused(tmp_path, "spread must be positive", name="instructions", reward_model="nowhere", spread=0)
 
 
