@@ -24,6 +24,7 @@ from ml_collections import config_dict
 from distill_jax.checkpoint import read_json
 from distill_jax.mesh import make_mesh
 from distill_jax.models.hf_io import new_folder
+from distill_jax.models.hub import is_hub_name, split_name
 from distill_jax.models.model import save_model
 from distill_jax.models.model_card import CardFacts, model_card
 from distill_jax.pipeline.arms import Arm, calibration_record, load_arm
@@ -168,6 +169,7 @@ def card_facts(
         results=_results(summary, shown),
         claims=[claim["statement"] for claim in summary.get("claims", []) if _is_about(claim["name"], shown)],
         notes=notes,
+        base_name=split_name(source)[0] if is_hub_name(source := settings.roles["teacher"].source) else "",
     )
 
 

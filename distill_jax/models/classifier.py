@@ -122,9 +122,6 @@ def load_classifier(
     if mesh is not None:
         weights = jax.device_put(weights, replicated(mesh))
     tokenizer = tokenizer or Tokenizer.from_folder(folder)
-    if tokenizer.vocab_size > spec.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding only {spec.vocab_size}; "
-            "they do not belong together"
-        )
+    if tokenizer.vocab_size != spec.vocab_size:
+        tokenizer = tokenizer.with_vocab_size(spec.vocab_size)
     return Classifier(spec, params, weights, tokenizer, module, mesh)

@@ -15,11 +15,12 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
+from distill_jax.models.assembly import assemble_params
 from distill_jax.models.decoder import Decoder, Params, rotary_frequencies
 from distill_jax.models.families import GLOBAL, LOCAL, spec_from_config
 from distill_jax.models.gguf_file import GGUFFile
 from distill_jax.models.spec import ModelSpec, RopeScaling
-from distill_jax.models.weights import Weight, assemble_params, check_stored
+from distill_jax.models.weights import Weight, check_stored, weights_of
 
 # Llama files keep pairs of rotated dimensions side by side, everybody else keeps them half a head apart.
 _PERMUTED = ("llama",)
@@ -175,7 +176,12 @@ def read_gguf_params(file: GGUFFile, module: Decoder, weights: str = "full") -> 
         # Files carry the scale that is applied; we keep, as Hugging Face does, what is added to the offset.
         return value - np.float32(spec.norm_offset) if weight.path[-1] == "scale" else value
 
-    return assemble_params(module, fetch, weights)
+    layers = (
+        (weight, index, fetch(weight, index))
+        for weight in weights_of(spec)
+        for index in range(spec.n_layers if weight.is_stacked else 1)
+    )
+    return assemble_params(module, layers, weights)
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:

@@ -1,11 +1,10 @@
-"""Hugging Face folders: config.json and safetensors in; merged models and PEFT adapters out.
+"""Hugging Face folders: config.json and safetensors in, merged models out.
 
 Only safetensors are read: a pickle can run code when it is opened. A file's header is compared with the
 file's size, and all names, shapes and dtypes with what the model needs, before the first weight is used. What
 is written appears under its name only when it is complete.
 
-Sources: the safetensors format, github.com/huggingface/safetensors; PEFT's LoRA checkpoint format (peft
-0.17).
+Source: the safetensors format, github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from distill_jax.models.adapter import merge_adapter
+from distill_jax.models.assembly import assemble_params
 from distill_jax.models.decoder import Decoder, Params, abstract_params
-from distill_jax.models.weights import Weight, assemble_params, check_stored, get_at, nest_at, weights_of
+from distill_jax.models.weights import Weight, check_stored, get_at, nest_at, weights_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -41,7 +41,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # carry.
 _IGNORED = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.|\.rotary_emb\.inv_freq$")
 _TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.", ""))
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_ROWS = 4096
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -179,7 +180,8 @@ def read_hf_params(
 ) -> Params:
     """The parameter tree of a folder's weights, in the module's `param_dtype` and, if it has a mesh, on it.
 
-    Shards are memory-mapped and read one stacked parameter at a time, so the host holds no second copy of the model.
+    Shard by shard, one tensor at a time: beyond what lies on the devices the host never holds more than one shard (as
+    pages of the file, which the system may drop) and one layer.
 
     Args:
       folder: with one safetensors file, or an index and its shards.
@@ -212,19 +214,38 @@ def read_hf_params(
         return name in beside or (tied and name == _HEAD)
 
     check_stored(module, found, str(folder), lambda weight: weight.hf, allowed)
-    with contextlib.ExitStack() as stack:
-        files = sorted({tensor.file for tensor in tensors.values()})
-        handles = {file: stack.enter_context(safe_open(file, framework="np")) for file in files}
+    if tied and _HEAD in original:
+        _check_tied(folder, tensors[original[_HEAD]].file, tensors[original[_EMBEDDING]].file, original)
+    return assemble_params(module, _stored_layers(module, tensors, original), weights)
 
-        def read(name: str) -> np.ndarray:
-            return handles[tensors[original[name]].file].get_tensor(original[name])
 
-        if tied and _HEAD in original and not np.array_equal(read(_HEAD), read("model.embed_tokens.weight")):
-            raise ValueError(
-                f"{folder}: config.json says that the head is the embedding (tie_word_embeddings), but {_HEAD} "
-                "differs from it; set tie_word_embeddings to false to use it"
-            )
-        return assemble_params(module, lambda weight, layer: read(weight.hf.format(layer)), weights)
+def _stored_layers(
+    module: Decoder, tensors: dict[str, StoredTensor], original: dict[str, str]
+) -> Iterator[tuple[Weight, int, np.ndarray]]:
+    """What the decoder needs, in the order of the files, one of which is open at a time."""
+    in_file: dict[Path, list[tuple[str, Weight, int]]] = {}
+    for weight in weights_of(module.spec):
+        for index in range(module.spec.n_layers if weight.is_stacked else 1):
+            name = original[weight.hf.format(index)]
+            in_file.setdefault(tensors[name].file, []).append((name, weight, index))
+    for file in sorted(in_file):
+        with safe_open(file, framework="np") as handle:
+            for name, weight, index in in_file[file]:
+                yield weight, index, handle.get_tensor(name)
+
+
+def _check_tied(folder: Path, head_file: Path, embedding_file: Path, original: dict[str, str]) -> None:
+    """Raises ValueError when a head that is said to be the embedding differs from it; some rows at a time."""
+    with safe_open(head_file, framework="np") as one, safe_open(embedding_file, framework="np") as other:
+        head, embedding = one.get_slice(original[_HEAD]), other.get_slice(original[_EMBEDDING])
+        size = head.get_shape()[0]
+        for start in range(0, size, _COMPARED_ROWS):
+            rows = slice(start, min(start + _COMPARED_ROWS, size))
+            if not np.array_equal(head[rows], embedding[rows]):
+                raise ValueError(
+                    f"{folder}: config.json says that the head is the embedding (tie_word_embeddings), but {_HEAD} "
+                    "differs from it; set tie_word_embeddings to false to use it"
+                )
 
 
 @contextlib.contextmanager
@@ -255,7 +276,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     """Writes contiguous arrays; transformers wants the "format" entry. Readable by whoever may read the folder."""
     save_file(tensors, path, {"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes its files private
@@ -292,7 +313,7 @@ def write_hf_params(
                 current = (weight, _merged(params, adapter, scale, weight))
             layer = current[1][index] if weight.is_stacked else current[1]
             tensors[weight.hf.format(index)] = weight.to_stored(layer)
-        _save_tensors(tensors, folder / name)
+        save_tensors(tensors, folder / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(plan) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -301,59 +322,15 @@ def write_hf_params(
 def _merged(params: Params, adapter: Params | None, scale: float, weight: Weight) -> np.ndarray:
     value = get_at(params, weight.path)
     module_path = weight.path[:-1]
-    low = _find(adapter, module_path)
+    low = find_adapted(adapter, module_path)
     if low is not None and weight.path[-1] == "kernel":
         merged = merge_adapter(nest_at(weight.path, value), nest_at(module_path, low), scale)
         value = get_at(merged, weight.path)
     return np.asarray(jax.device_get(value))
 
 
-def _find(adapter: Params | None, path: tuple[str, ...]) -> Params | None:
+def find_adapted(adapter: Params | None, path: tuple[str, ...]) -> Params | None:
+    """The node of an adapter tree for a module; None where the adapter leaves that module alone."""
     for name in path:
         adapter = None if adapter is None else adapter.get(name)
     return adapter
-
-
-def write_peft_adapter(folder: Path, module: Decoder, adapter: Params, scale: float) -> None:
-    """Writes an adapter as PEFT reads it: adapter_config.json and adapter_model.safetensors.
-
-    PEFT multiplies B A by lora_alpha / r, so lora_alpha = scale * r.
-
-    Raises:
-      ValueError: modules of different ranks, which PEFT's one `r` can't say.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    ranks, targets = set(), []
-    for weight in weights_of(module.spec):
-        low = _find(adapter, weight.path[:-1])
-        if low is None or weight.path[-1] != "kernel":
-            continue
-        a, b = (np.asarray(jax.device_get(low[name])) for name in ("a", "b"))
-        rank = a.shape[-1]
-        ranks.add(rank)
-        module_name = weight.hf.removesuffix(".weight")
-        targets.append(module_name.rsplit(".", 1)[-1])
-        for index in range(module.spec.n_layers if weight.is_stacked else 1):
-            stored = f"base_model.model.{module_name.format(index)}"
-            a_layer, b_layer = (a[index], b[index]) if weight.is_stacked else (a, b)
-            tensors[f"{stored}.lora_A.weight"] = np.ascontiguousarray(a_layer.reshape(-1, rank).T)
-            tensors[f"{stored}.lora_B.weight"] = np.ascontiguousarray(b_layer.reshape(rank, -1).T)
-    if len(ranks) != 1:
-        raise ValueError(f"a PEFT adapter has one rank, this one has {sorted(ranks)}")
-    (rank,) = ranks
-    _save_tensors(tensors, folder / "adapter_model.safetensors")
-    write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": None,
-            "r": rank,
-            "lora_alpha": scale * rank,
-            "lora_dropout": 0.0,
-            "target_modules": targets,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-        },
-    )

@@ -21,7 +21,9 @@ from distill_jax.models.families import config_from_spec, spec_from_config
 from distill_jax.models.gguf_file import read_gguf
 from distill_jax.models.gguf_io import gguf_spec, read_gguf_params
 from distill_jax.models.hub import PREFIX, fetch_from_hub, is_hub_name
+from distill_jax.models.origin import Origin, read_origin
 from distill_jax.models.packages import PACKAGE_MODELS, find_package_model
+from distill_jax.models.peft_io import write_peft_adapter
 from distill_jax.models.quantised import check_weights, has_quantised
 from distill_jax.models.spec import ModelSpec
 from distill_jax.text.tokenizers import TokenIds, Tokenizer
@@ -36,6 +38,7 @@ class Model:
 
     spec: the model in numbers. params: see `decoder`. tokenizer: None for weights that came without one.
     module: what `decoder.apply` takes. mesh: where the weights lie, None for one device.
+    origin: what else its folder said, kept for the folder that `save_model` writes.
     """
 
     spec: ModelSpec
@@ -43,6 +46,7 @@ class Model:
     tokenizer: Tokenizer | None
     module: Decoder
     mesh: Mesh | None = None
+    origin: Origin = dataclasses.field(default_factory=Origin)
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.spec.vocab_size:
@@ -144,7 +148,7 @@ def load_model(
     check_weights(weights)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    path = Path(path_or_name).expanduser()
+    path, origin = Path(path_or_name).expanduser(), Origin()
     if is_hub_name(path_or_name):
         path = fetch_from_hub(str(path_or_name))
     elif not path.exists():
@@ -158,6 +162,7 @@ def load_model(
         spec = spec_from_config(hf_io.read_json(path / "config.json"))
         module = Decoder(spec, mesh, dtype, param_dtype=dtype)
         params = hf_io.read_hf_params(path, module, weights=weights)
+        origin = read_origin(path, str(path_or_name))
         if tokenizer is None and any((path / name).is_file() for name in _TOKENIZER_FILES):
             tokenizer = Tokenizer.from_folder(path)
     else:
@@ -166,10 +171,10 @@ def load_model(
         module = Decoder(spec, mesh, dtype, param_dtype=dtype)
         params = read_gguf_params(file, module, weights)
         tokenizer = tokenizer or Tokenizer.from_gguf(path)
-    if tokenizer is not None and tokenizer.vocab_size < spec.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size != spec.vocab_size:
         # Embeddings are often padded, and a model may write an id of the padding: legal, and no text.
         tokenizer = tokenizer.with_vocab_size(spec.vocab_size)
-    return Model(spec, params, tokenizer, module, mesh)
+    return Model(spec, params, tokenizer, module, mesh, origin)
 
 
 def save_model(
@@ -213,17 +218,17 @@ def save_model(
     factor = float(multiplier(scale, adapter_config))
     if adapter is not None and not merge:
         with hf_io.new_folder(target) as folder:
-            hf_io.write_peft_adapter(folder, model.module, adapter, factor)
+            write_peft_adapter(folder, model.module, adapter, factor, model.origin)
         return target
     config = config_from_spec(model.spec)
     dtype = str(jax.tree.leaves(model.params)[0].dtype)
     # Both names: transformers 5 writes "dtype", version 4 reads "torch_dtype".
     config |= {"dtype": dtype, "torch_dtype": dtype}
-    generation: dict[str, Any] = {}
+    generation: dict[str, Any] = dict(model.origin.generation)
     tokenizer = model.tokenizer
     if tokenizer is not None:
         config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        generation |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
         generation |= {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
     with hf_io.new_folder(target) as folder:
         hf_io.write_json(folder / "config.json", config)

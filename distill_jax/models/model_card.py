@@ -47,6 +47,7 @@ class CardFacts:
       results: (what, value with its interval) of the report, at scale 1.
       claims: sentences of the report about this arm.
       notes: what a reader must know, such as a run of smoke size.
+      base_name: "ORGANISATION/NAME" of what was calibrated, where it is known on the hub.
     """
 
     name: str
@@ -63,6 +64,7 @@ class CardFacts:
     results: Sequence[tuple[str, str]] = ()
     claims: Sequence[str] = ()
     notes: Sequence[str] = ()
+    base_name: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -89,7 +91,10 @@ def model_card(facts: CardFacts) -> str:
 def _front_matter(facts: CardFacts) -> str:
     tags = ", ".join(json.dumps(tag) for tag in ("distill_jax", f"mode-{facts.arm}"))
     library = "peft" if facts.kind == "peft" else "transformers"
-    return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [{tags}]\n---"
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: [{tags}]"]
+    if facts.base_name:
+        lines.append(f"base_model: {json.dumps(facts.base_name)}")
+    return "\n".join(["---", *lines, "---"])
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -135,7 +140,8 @@ def _results(facts: CardFacts) -> str:
 def _loading(facts: CardFacts) -> str:
     if facts.kind == "peft":
         code = (
-            'base = AutoModelForCausalLM.from_pretrained("BASE")  # the model it was calibrated from\n'
+            f'base = AutoModelForCausalLM.from_pretrained("{facts.base_name or "BASE"}")'
+            "  # the model it was calibrated from\n"
             'model = PeftModel.from_pretrained(base, "FOLDER")'
         )
         imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM"

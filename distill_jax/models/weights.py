@@ -13,13 +13,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.mesh import place
-from distill_jax.models.decoder import Decoder, Params, abstract_params, param_axes
-from distill_jax.models.quantised import quantise
+from distill_jax.models.decoder import Decoder, abstract_params
 from distill_jax.models.spec import ModelSpec
 
 
@@ -165,41 +161,3 @@ def check_stored(
 def _some(names: list[str], limit: int = 8) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def assemble_params(
-    module: Decoder, fetch: Callable[[Weight, int], np.ndarray], weights: str = "full"
-) -> Params:
-    """The parameter tree, one stacked parameter at a time, so that the host never holds two copies of the
-    model.
-
-    Args:
-      module: the decoder; its `param_dtype` is the dtype of the result and its mesh, if any, where it is put.
-      fetch: (weight, layer) -> that layer in the layout of files, any floating dtype.
-      weights: "int8" keeps the layers' kernels in 8 bits (see `quantised`); each is on the device in full only
-        while it is made, in float32, so that it is rounded once.
-
-    Raises:
-      ShardingError: a dimension that the mesh does not divide (before anything is read).
-    """
-    shapes, axes = abstract_params(module), param_axes(module)
-    params: dict[str, Any] = {}
-    for weight in weights_of(module.spec):
-        shape = get_at(shapes, weight.path).shape
-        in_8_bits = weights == "int8" and weight.is_stacked and weight.inputs > 0
-        host = np.empty(shape, np.float32 if in_8_bits else jnp.dtype(module.param_dtype))
-        for index in range(module.spec.n_layers if weight.is_stacked else 1):
-            target = host[index] if weight.is_stacked else host
-            target[...] = weight.from_stored(fetch(weight, index), shape)
-        if module.mesh is None:
-            value = jnp.asarray(host)
-        else:
-            layout = nest_at(weight.path, get_at(axes, weight.path))
-            value = get_at(place(nest_at(weight.path, host), layout, module.mesh), weight.path)
-        if in_8_bits:
-            value = quantise(value, weight.inputs, get_at(axes, weight.path), module.mesh)
-        node = params
-        for name in weight.path[:-1]:
-            node = node.setdefault(name, {})
-        node[weight.path[-1]] = jax.block_until_ready(value)
-    return params

@@ -149,7 +149,7 @@ def load_role(settings: Settings, mesh: Mesh, workdir: Path, name: str, weights:
     if model.tokenizer is None:
         raise ValueError(f"{name}: {source} holds no tokenizer; put its tokenizer.json beside the weights")
     module = model.module.clone(remat=settings.remat)
-    return Model(model.spec, model.params, model.tokenizer, module, mesh)
+    return dataclasses.replace(model, module=module, mesh=mesh)
 
 
 def _sample_texts(settings: Settings) -> list[str]:

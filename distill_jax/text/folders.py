@@ -14,6 +14,15 @@ from distill_jax.text.token_ids import TokenizerSettings
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 _OUR_KEY = "distill_jax"  # what transformers has no name for
+# Fields that mean nothing to this project and something to those who open the folder that it writes.
+_FURTHER = (
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+)
 
 
 def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
@@ -63,6 +72,7 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
         add_bos=(base.add_bos if add_bos is None else bool(add_bos)) and bos_id is not None,
         chat_template=_chat_template(folder, config),
         vocab_size=ours.get("vocab_size"),
+        further={key: config[key] for key in _FURTHER if key in config},
     )
     return backend, settings
 
@@ -116,6 +126,7 @@ def write_folder(folder: Path, backend: tokenizers.Tokenizer, settings: Tokenize
         state["post_processor"] = json.loads(template.__getstate__())
     unknown = getattr(backend.model, "unk_token", None)
     config: dict[str, Any] = {
+        **settings.further,
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
         **({"unk_token": unknown} if unknown else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex, overload
 
 
@@ -51,6 +51,7 @@ class TokenizerSettings:
       add_bos: whether the model wants the beginning-of-sequence token before a prompt.
       chat_template: the jinja2 template of the model's chat format.
       vocab_size: rows of the model's embedding where it is padded beyond the tokenizer; None where it is not.
+      further: what else its files say to other libraries (the longest input, the side of padding); written again.
     """
 
     bos_id: int | None = None
@@ -60,6 +61,7 @@ class TokenizerSettings:
     add_bos: bool = False
     chat_template: str | None = None
     vocab_size: int | None = None
+    further: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def special_ids(self) -> frozenset[int]:
         """Ids that are not text. Those of `eos_ids` may be: a model may end its turn with a line break."""

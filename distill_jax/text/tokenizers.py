@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -211,15 +212,32 @@ class Tokenizer:
         return cls(*trained, where="train_bpe(...)")
 
     def with_vocab_size(self, vocab_size: int) -> Tokenizer:
-        """The same tokenizer for a model whose embedding has `vocab_size` rows; the spare ids are legal and no text.
+        """The same tokenizer for a model whose embedding has `vocab_size` rows.
+
+        Spare rows get ids that are legal and no text. Ids without a row may be special added tokens only, such as
+        the image placeholder in the tokenizer of a text model; they are left out, and no text gets them.
 
         Raises:
-          ValueError: fewer rows than the tokenizer has ids.
+          ValueError: ids without a row that are text, or that the tokenizer needs (beginning or end of sequence).
         """
+        if vocab_size < self._own_size:
+            return Tokenizer(self._cut_backend(vocab_size), self.settings, where=self._where)
         padded = copy.copy(self)  # shares the encoder and its lock
         padded.settings = dataclasses.replace(self.settings, vocab_size=vocab_size)
         padded._pad_tables(vocab_size)
         return padded
+
+    def _cut_backend(self, vocab_size: int) -> tokenizers.Tokenizer:
+        added = self.backend.get_added_tokens_decoder()
+        beyond = [index for index in self.backend.get_vocab().values() if index >= vocab_size]
+        if not all(index in added and added[index].special for index in beyond):
+            raise ValueError(
+                f"the tokenizer has {self._own_size} tokens, but the model's embedding only {vocab_size} rows; they do "
+                "not belong together: put the model's own tokenizer beside its weights"
+            )
+        state = json.loads(self.backend.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `from_folder` and transformers read."""

@@ -21,6 +21,7 @@ PEFT_ADAPTERS = {
     "llama": AdapterConfig(rank=2, alpha=6.0),
     "llama3": AdapterConfig(rank=3, alpha=6.0, targets=("attn", "head")),
     "gemma3_text": AdapterConfig(rank=2, alpha=6.0),
+    "gemma3": AdapterConfig(rank=2, alpha=6.0),  # inside a model of images and text
 }
 PEFT_SCALE = 0.75
 
