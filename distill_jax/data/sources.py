@@ -27,6 +27,7 @@ import numpy as np
 
 Row = dict[str, Any]
 TFDS_PREFIX = "tfds:"
+_PEEKED = 1024  # bytes: where a file is one array, its first sign is "["
 _SHARD = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]{8,})?$")
 
 
@@ -51,7 +52,7 @@ class JsonLines:
       paths: the files, one after the other.
 
     Raises:
-      DataError: no such file.
+      DataError: no such file, or one JSON array in place of lines.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -62,6 +63,12 @@ class JsonLines:
             if not path.is_file():
                 raise DataError(f"there is no file {path}")
             with path.open("rb") as lines:
+                if lines.read(_PEEKED).lstrip().startswith(b"["):
+                    raise DataError(
+                        f"{path} holds one JSON array; expected one JSON object a line. To convert it: "
+                        f"jq -c '.[]' {path.name} > {path.stem}.jsonl"
+                    )
+                lines.seek(0)
                 place = 0
                 for line_number, line in enumerate(lines, 1):
                     if line.strip():

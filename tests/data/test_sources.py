@@ -37,6 +37,13 @@ def test_a_folder_of_splits_and_shards(tmp_path):
         splits["dev"]
 
 
+def test_one_array_in_place_of_lines_is_refused_with_what_to_do(tmp_path):
+    """The other form that data sets are published in."""
+    (tmp_path / "rows.json").write_text('\n[\n  {"question": "1+1", "answer": "2"}\n]\n')
+    with pytest.raises(DataError, match=r"one JSON array; .*jq -c '\.\[\]' rows.json > rows.jsonl"):
+        open_dataset(tmp_path / "rows.json")["train"]
+
+
 def test_lines_that_are_no_rows(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2\n[3]\n')
