@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -81,7 +82,7 @@ def check_hub_name(source: str) -> None:
       FileNotFoundError: HF_HUB_OFFLINE is set, and the model is not in the cache.
     """
     split_name(source)
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         _snapshot(source, cached=True)
 
 
