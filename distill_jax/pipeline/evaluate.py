@@ -24,7 +24,8 @@ from distill_jax.pipeline.workdir import read_rows, write_rows
 from distill_jax.rft.texts import encode_prompts, score_texts
 from distill_jax.sampling import RolloutBatch, SamplingConfig, row_keys, sample
 from distill_jax.sequences import pack_prompts
-from distill_jax.tasks.base import Problem, Task, score_all
+from distill_jax.tasks.base import Problem, Task
+from distill_jax.tasks.scoring import score_all
 
 DECODINGS = ("greedy", "sample")
 _EVALUATION = 7  # purpose of random numbers

@@ -50,7 +50,8 @@ from distill_jax.probes.roc import Roc, roc, share
 from distill_jax.probes.subjects import Subject, as_subject
 from distill_jax.probes.texts import TextPair, Texts, check_same_questions, from_rollouts, prompt_index
 from distill_jax.probes.values import Bootstrap, Statistic, Value, sum_by, undefined
-from distill_jax.tasks.base import Problem, Task, score_all
+from distill_jax.tasks.base import Problem, Task
+from distill_jax.tasks.scoring import score_all
 
 __all__ = [
     "DEFAULT_CONFIG",

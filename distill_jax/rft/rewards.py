@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from distill_jax.rewards.terms import Answered, Reward
-from distill_jax.tasks.base import Problem, Task, score_all
+from distill_jax.tasks.base import Problem, Task
+from distill_jax.tasks.scoring import score_all
 
 _log = logging.getLogger(__name__)
 

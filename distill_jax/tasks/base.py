@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import importlib
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
@@ -17,8 +16,6 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 Item = TypeVar("Item")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,30 +83,6 @@ class MeshTask(Task, Protocol):
     def use_mesh(self, mesh: Any) -> None:
         """Puts the model on a mesh, before the first completion is judged."""
         ...
-
-
-def score_all(
-    task: Task, problems: Sequence[Problem], completions: Sequence[str], ended: Iterable[bool]
-) -> tuple[list[float], int]:
-    """(rewards, how many verifications raised): a row whose verifier raises scores 0 and stops nothing.
-
-    Args:
-      task: its `score_batch` is used where it has one.
-      problems, completions, ended: one a row.
-    """
-    ends = [bool(end) for end in ended]
-    if isinstance(task, BatchTask):
-        return [float(reward) for reward in task.score_batch(problems, completions, ends)], 0
-    rewards, raised = [], 0
-    for problem, text, end in zip(problems, completions, ends, strict=True):
-        try:
-            rewards.append(float(task.score(problem, text, end)))
-        except Exception as error:
-            if not raised:
-                _log.warning("task %s could not judge %r: %r", task.name, text, error)
-            raised += 1
-            rewards.append(0.0)
-    return rewards, raised
 
 
 TASKS: dict[str, str | Callable[..., Task]] = {

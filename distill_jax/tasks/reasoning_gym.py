@@ -34,9 +34,8 @@ same questions from them in another process; their splits are disjoint in any ca
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import logging
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +44,8 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS, create_dataset
 
 from distill_jax.rewards.answer_part import answer_part
+from distill_jax.rewards.functions import LimitedFunction
+from distill_jax.tasks import reasoning_gym_scorer
 from distill_jax.tasks.base import Problem, Split, check_draw, did_you_mean, gather, split_of, stable_hash
 
 INSTRUCTION = 'End with "#### " and the answer.'
@@ -67,13 +68,12 @@ RUNS_ANSWERS = frozenset(
 _HELD_OUT = 0.5  # of all questions: one has to be generated to learn its split, and some take long
 _CHUNK = 256  # entries of one seed; fixed, since a few data sets generate other entries for another size
 _PATIENCE = 5_000
+_MEMORY_BYTES = 4 << 30  # of a process that verifies, its imports included
 _SHOT_POOL = 8  # every prompt carries the examples, so they are the shortest of so many times their number
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _ANNOUNCED = re.compile(r"answer\s*(?:is\b:?|:)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w./])-?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?!\w|[./][0-9])")
-
-_log = logging.getLogger(__name__)
 
 
 def extract_answer(
@@ -139,10 +139,12 @@ class ReasoningGym:
       require_end: score 0 when the model did not end by itself. A base model never does.
       allow_evaluation: take a data set of `RUNS_ANSWERS`, whose scorer hands the answer to Python's eval (or to sympy's
         parser, which does): a model, or whoever trained it, can then run code here.
+      seconds, workers: time of one verification, and processes that verify.
       **dataset_config: fields of the data set's configuration, such as `max_terms` of chain_sum.
 
     Attributes:
-      failures: completions on which the data set's scorer raised or gave no finite number; they score 0.
+      failures: completions on which the data set's scorer raised, took too long or gave no finite number; they score
+        0.
 
     Raises:
       ValueError: no such data set or field, a configuration that the data set rejects, or examples of a data
@@ -159,6 +161,8 @@ class ReasoningGym:
         stop_texts: Sequence[str] = STOP_TEXTS,
         require_end: bool = False,
         allow_evaluation: bool = False,
+        seconds: float = 10.0,
+        workers: int = 2,
         **dataset_config: Any,
     ):
         if isinstance(stop_texts, str) or not all(stop_texts):
@@ -177,6 +181,7 @@ class ReasoningGym:
         self._instruction = instruction
         self._stop_texts = tuple(stop_texts)
         self._require_end = require_end
+        self._limits = (float(seconds), workers)
         self._scorer = self._entries(seed=0)
         self._shots: list[_Worked] = []  # none to keep out while they are drawn
         pool = self._draw("train", _SHOT_POOL * shots, "shots", distinct=True)
@@ -204,33 +209,30 @@ class ReasoningGym:
         ]
 
     def score(self, problem: Problem, completion: str, ended: bool) -> float:
-        """The data set's own score of the extracted answer, which may be partial; 0 when there is no answer.
+        """The data set's own score of the extracted answer, which may be partial; 0 when there is no answer."""
+        return self.score_batch([problem], [completion], [ended])[0]
 
-        A scorer that raises, or gives something else than a finite number, counts in `failures`.
+    def score_batch(
+        self, problems: Sequence[Problem], completions: Sequence[str], ended: Sequence[bool]
+    ) -> list[float]:
+        """`score` of each row, several at a time.
+
+        Scorers are third-party code that parses whatever a model wrote (as numbers, JSON, formulas): one text that they
+        did not foresee, and on which they raise, hang, or give no finite number, counts in `failures` and scores 0.
         """
-        if self._require_end and not ended:
-            return 0.0
-        entry = problem.metadata["entry"]
-        answer = extract_answer(completion, entry["answer"], self._stop_texts)
-        if answer is None:
-            return 0.0
-        # Scorers are third-party code that parses whatever a model wrote (as numbers, JSON, formulas): one
-        # text that they did not foresee must not end a run.
-        try:
-            score = float(self._scorer.score_answer(answer, entry))
-            if not math.isfinite(score):
-                raise ValueError(f"the score is {score}")
-        except Exception as error:
-            if not self.failures:
-                _log.warning(
-                    "the scorer of %s failed on %r: %r; later failures are only counted",
-                    self.dataset,
-                    answer,
-                    error,
-                )
-            self.failures += 1
-            return 0.0
-        return min(max(score, 0.0), 1.0)
+        scores = [0.0] * len(problems)
+        calls: dict[int, dict[str, Any]] = {}
+        for row, (problem, completion, end) in enumerate(zip(problems, completions, ended, strict=True)):
+            entry = problem.metadata["entry"]
+            answer = extract_answer(completion, entry["answer"], self._stop_texts)
+            if answer is not None and (end or not self._require_end):
+                config = {"seed": 0, "size": _CHUNK, **self._config}
+                calls[row] = {"dataset": self.dataset, "config": config, "entry": entry, "answer": answer}
+        found = _scorers(*self._limits)(list(calls.values())) if calls else []
+        for row, score in zip(calls, found, strict=True):
+            self.failures += score is None
+            scores[row] = min(max(score or 0.0, 0.0), 1.0)
+        return scores
 
     def _prompt(self, question: str) -> str:
         if not self._shots:
@@ -275,6 +277,13 @@ class ReasoningGym:
         return None
 
 
+@functools.lru_cache(maxsize=2)
+def _scorers(seconds: float, workers: int) -> LimitedFunction:
+    """Shared by all tasks with these limits: its processes take seconds to start."""
+    path, names = reasoning_gym_scorer.PATH, reasoning_gym_scorer.PARAMETERS
+    return LimitedFunction(path, names, seconds=seconds, workers=workers, memory_bytes=_MEMORY_BYTES)
+
+
 def _gold_completions(entry: dict[str, Any]) -> Iterator[str]:
     answer, metadata = entry["answer"], entry.get("metadata", {})
     if isinstance(working := metadata.get("answer_cot"), str) and "####" in working:
@@ -303,6 +312,6 @@ def _check_config(dataset: str, config: dict[str, Any]) -> None:
     if unknown := sorted(set(config) - set(fields)):
         raise ValueError(
             f"task 'reasoning_gym' has no option {', '.join(map(repr, unknown))}; its options: dataset, "
-            "shots, instruction, stop_texts, require_end, allow_evaluation, and those of the data set "
-            f"{dataset!r}: {', '.join(fields) or 'none'}"
+            "shots, instruction, stop_texts, require_end, allow_evaluation, seconds, workers, and those of "
+            f"the data set {dataset!r}: {', '.join(fields) or 'none'}"
         )

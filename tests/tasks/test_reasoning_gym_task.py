@@ -9,8 +9,10 @@ import re
 import pytest
 from reasoning_gym.factory import DATASETS as RG_DATASETS
 
-from distill_jax.tasks import SPLITS, get_task
+from distill_jax.rewards.functions import LimitedFunction
+from distill_jax.tasks import SPLITS, get_task, reasoning_gym, reasoning_gym_scorer
 from distill_jax.tasks.reasoning_gym import INSTRUCTION, RUNS_ANSWERS, STOP_TEXTS, extract_answer
+from distill_jax.tasks.scoring import score_all
 
 # With working; an expression; a multi-line answer; text; JSON; a partial score; none of these.
 DATASETS = [
@@ -198,43 +200,38 @@ def test_partial_scores_are_kept():
     assert 0 < wrong < 1  # the data set pays a little for a number
 
 
-class _Scorer:
-    def __init__(self, outcome):
-        self.outcome = outcome
+@pytest.fixture
+def odd_task(monkeypatch):
+    """A task whose scorer is `odd_scorer`, with half a second for each answer."""
+    scorers = LimitedFunction(
+        "tests.tasks.odd_scorer:score", reasoning_gym_scorer.PARAMETERS, seconds=0.5, workers=1
+    )
+    monkeypatch.setattr(reasoning_gym, "_scorers", lambda seconds, workers: scorers)
+    yield get_task("reasoning_gym", dataset="chain_sum")
+    scorers.close()
 
-    def score_answer(self, answer, entry):
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
 
-
-@pytest.mark.parametrize(
-    "outcome", [ZeroDivisionError("division by zero"), RecursionError(), float("nan"), "seven", None]
-)
-def test_a_failing_scorer_counts_and_does_not_stop(outcome, monkeypatch, caplog):
-    task = get_task("reasoning_gym", dataset="chain_sum")
-    problem = task.problems("test", 1, seed=0)[0]
-    monkeypatch.setattr(task, "_scorer", _Scorer(outcome))
+def test_a_failing_scorer_counts_and_does_not_stop(odd_task, caplog):
+    """It raises, hangs, gives no number; one sample each."""
+    problem = odd_task.problems("test", 1, seed=0)[0]
+    answers = [f"#### {number}" for number in (1, 2, 3, 4, 5, 6, 13, 1)]
     with caplog.at_level(logging.WARNING):
-        assert [task.score(problem, "#### 7", ended=True) for _ in range(3)] == [0.0] * 3
-    assert task.failures == 3
+        scores, raised = score_all(odd_task, [problem] * 8, answers, [True] * 8)
+    assert scores == [0.0] * 6 + [0.25, 0.0] and raised == 0
+    assert odd_task.failures == 7
     assert len(caplog.records) == 1 and "chain_sum" in caplog.text
-    monkeypatch.undo()
-    assert task.score(problem, problem.gold, ended=True) == 1.0
 
 
-@pytest.mark.parametrize(("outcome", "score"), [(1.5, 1.0), (-0.5, 0.0), (0.25, 0.25), (True, 1.0)])
-def test_scores_stay_between_zero_and_one(outcome, score, monkeypatch):
-    task = get_task("reasoning_gym", dataset="chain_sum")
-    problem = task.problems("test", 1, seed=0)[0]
-    monkeypatch.setattr(task, "_scorer", _Scorer(outcome))
-    assert task.score(problem, "#### 7", ended=True) == score
-    assert task.failures == 0
+def test_scores_stay_between_zero_and_one(odd_task):
+    problem = odd_task.problems("test", 1, seed=0)[0]
+    answers = [f"#### {number}" for number in (11, 12, 13, 14)]
+    assert odd_task.score_batch([problem] * 4, answers, [True] * 4) == [1.0, 0.0, 0.25, 1.0]
+    assert odd_task.failures == 0
 
 
 def test_entries_that_their_own_scorer_rejects_are_left_out(monkeypatch):
     task = get_task("reasoning_gym", dataset="chain_sum")
-    monkeypatch.setattr(task, "_scorer", _Scorer(0.99))
+    monkeypatch.setattr(task._scorer, "score_answer", lambda answer, entry: 0.99)
     with pytest.raises(ValueError, match=r"problems of the split 'train'.*in all could not be used"):
         task.problems("train", 1, seed=0)
 

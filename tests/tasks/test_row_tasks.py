@@ -10,8 +10,8 @@ import pytest
 from distill_jax.data import DataError
 from distill_jax.rewards.reward_model import RewardModel
 from distill_jax.tasks import SPLITS, get_task, split_of
-from distill_jax.tasks.base import score_all
 from distill_jax.tasks.datasets import DATASETS
+from distill_jax.tasks.scoring import score_all
 from tests.data.prepared import prepare_tfds, write_lines
 from tests.rewards.small_classifier import write_classifier
 from tests.tasks import dataset_files
