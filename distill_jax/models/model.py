@@ -163,18 +163,28 @@ def load_model(
         module = Decoder(spec, mesh, dtype, param_dtype=dtype)
         params = hf_io.read_hf_params(path, module, weights=weights)
         origin = read_origin(path, str(path_or_name))
-        if tokenizer is None and any((path / name).is_file() for name in _TOKENIZER_FILES):
-            tokenizer = Tokenizer.from_folder(path)
+        tokenizer = tokenizer or load_tokenizer(path)
     else:
         file = read_gguf(path)
         spec = gguf_spec(file)
         module = Decoder(spec, mesh, dtype, param_dtype=dtype)
         params = read_gguf_params(file, module, weights)
-        tokenizer = tokenizer or Tokenizer.from_gguf(path)
+        tokenizer = tokenizer or load_tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size != spec.vocab_size:
         # Embeddings are often padded, and a model may write an id of the padding: legal, and no text.
         tokenizer = tokenizer.with_vocab_size(spec.vocab_size)
     return Model(spec, params, tokenizer, module, mesh, origin)
+
+
+def load_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer beside the weights in a folder, or in a .gguf file; None for a folder that has none.
+
+    Raises:
+      ValueError: a malformed file, named in the message.
+    """
+    if not path.is_dir():
+        return Tokenizer.from_gguf(path)
+    return Tokenizer.from_folder(path) if any((path / name).is_file() for name in _TOKENIZER_FILES) else None
 
 
 def save_model(

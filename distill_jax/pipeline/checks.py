@@ -12,17 +12,18 @@ from distill_jax.models.decoder import Decoder, abstract_params, param_axes
 from distill_jax.models.packages import PACKAGE_MODELS
 from distill_jax.models.spec import ModelSpec
 from distill_jax.pipeline.prepare import SCORED_ROWS, all_roles, check_sources, model_place, role_spec
+from distill_jax.pipeline.prompt_lengths import check_prompts
 from distill_jax.pipeline.settings import Settings
 from distill_jax.text.tokenizers import Tokenizer
 
 
 def check_start(settings: Settings, mesh: Mesh, workdir: Path) -> None:
-    """Checks weights, shapes and batches against the mesh; reads nothing but small files, writes nothing.
+    """Checks weights, shapes, batches against the mesh, and prompts against their slots; writes nothing.
 
     Raises:
       FileNotFoundError: weights of any role are not there.
       ValueError: models to be trained with a task that has no corpus; as `mesh.ShardingError` a dimension of a model or
-        a number of rows that the mesh does not divide.
+        a number of rows that the mesh does not divide; a prompt that is too long.
     """
     check_sources(settings)
     for name in all_roles(settings):
@@ -37,6 +38,7 @@ def check_start(settings: Settings, mesh: Mesh, workdir: Path) -> None:
                 f"{name}: a batch of {rows} rows does not divide by data x fsdp = {shards} of mesh "
                 f"{dict(mesh.shape)}; choose a number of rows that does, or another mesh"
             )
+    check_prompts(settings, workdir)
 
 
 def batch_rows(settings: Settings) -> dict[str, int]:

@@ -25,7 +25,13 @@ from distill_jax.rft.config import CalibrationConfig
 from distill_jax.rft.micro_batches import count_pieces, map_rows
 from distill_jax.rft.proxies import Proxy, ProxyScores, as_proxies, score_by_proxies
 from distill_jax.rft.rewards import FurtherReward, TaskRewards, further_rewards, task_rewards
-from distill_jax.rft.texts import EncodedTexts, encode_prompts, plain_scores, require_tokenizer
+from distill_jax.rft.texts import (
+    EncodedTexts,
+    check_prompt_lengths,
+    encode_prompts,
+    plain_scores,
+    require_tokenizer,
+)
 from distill_jax.sampling import RolloutBatch, Sampler, row_keys
 from distill_jax.sequences import Sequences, pack_prompts
 from distill_jax.tasks.base import Problem, Task
@@ -96,19 +102,14 @@ class Scored:
 
 def check_prompts(teacher: Model, problems: Sequence[Problem], config: CalibrationConfig) -> None:
     """Raises ValueError when the prompt of a problem is longer than the largest size there is for it."""
-    questions = [problem.prompt for problem in problems]
-    prompts = encode_prompts(
-        require_tokenizer(teacher, "the teacher"), questions, config.prompt_style, config.system
+    check_prompt_lengths(
+        require_tokenizer(teacher, "the teacher"),
+        problems,
+        style=config.prompt_style,
+        system=config.system,
+        sizes=config.prompt_sizes,
+        setting="prompt_sizes",
     )
-    lengths = [len(prompt) for prompt in prompts]
-    largest, longest = max(config.prompt_sizes), max(lengths, default=0)
-    if longest > largest:
-        over = sum(length > largest for length in lengths)
-        raise ValueError(
-            f"{over} of {len(lengths)} prompts are longer than the largest of prompt_sizes={config.prompt_sizes}, the "
-            f"longest has {longest} tokens: {questions[lengths.index(longest)][:80]!r}...; give a larger size, or "
-            "leave long questions out (the option max_prompt_bytes of tasks that read data sets)"
-        )
 
 
 def sample_batch(

@@ -22,6 +22,7 @@ from distill_jax.models.decoder import Decoder, Params
 from distill_jax.models.model import Model
 from distill_jax.rft.micro_batches import map_rows
 from distill_jax.sequences import Sequences, pack_sequences
+from distill_jax.tasks.base import Problem
 from distill_jax.text.chat import render_answered, render_prompt
 from distill_jax.text.token_ids import TokenIds
 from distill_jax.text.tokenizers import Tokenizer
@@ -95,6 +96,33 @@ def end_of_text_id(tokenizer: Tokenizer, style: str) -> int:
         if places:
             return min(places, key=lambda index: places[index])
     return tokenizer.eos_ids[0] if tokenizer.eos_id is None else tokenizer.eos_id
+
+
+def check_prompt_lengths(
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    style: str,
+    system: str | None,
+    sizes: Sequence[int],
+    setting: str,
+) -> None:
+    """Raises ValueError when the prompt of a problem is longer than the largest of `sizes`.
+
+    Args:
+      style, system: see `encode_prompts`.
+      sizes: slots of prompts; setting: what they are called where the user sets them.
+    """
+    questions = [problem.prompt for problem in problems]
+    lengths = [len(prompt) for prompt in encode_prompts(tokenizer, questions, style, system)]
+    longest = max(lengths, default=0)
+    if longest > max(sizes):
+        over = sum(length > max(sizes) for length in lengths)
+        raise ValueError(
+            f"{over} of {len(lengths)} prompts are longer than the largest of {setting}={tuple(sizes)}, the longest "
+            f"has {longest} tokens: {questions[lengths.index(longest)][:80]!r}...; give a larger size, or leave long "
+            "questions out (the option max_prompt_bytes of tasks that read data sets)"
+        )
 
 
 def encode_completions(

@@ -16,6 +16,7 @@ from tokenizers import normalizers
 from distill_jax import pipeline
 from distill_jax.checkpoint import DiskFullError
 from distill_jax.mesh import ShardingError, make_mesh
+from distill_jax.pipeline.prompt_lengths import check_prompts
 from distill_jax.pipeline.settings import STAGES, read_settings
 from distill_jax.tasks.base import Problem
 from distill_jax.text.tokenizers import Tokenizer
@@ -275,6 +276,18 @@ def test_several_hosts_are_refused_before_anything_is_written(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"process 0 of 2.*one host"):
         pipeline.run(smallest(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_without_room_is_found_before_anything_is_written(finished, tmp_path):
+    message = r"student_bytes: .* prompts are longer than .*distillation.prompt_size=\(4,\).*larger size"
+    with pytest.raises(ValueError, match=message):
+        pipeline.run(smallest({"distillation.prompt_size": 4}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # The teacher's tokenizer is trained in the run, so its prompts can be counted once that is there.
+    settings = read_settings(smallest({"calibration.prompt_sizes": (3,)}))
+    check_prompts(settings, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"teacher: .*calibration.prompt_sizes=\(3,\)"):
+        check_prompts(settings, finished[0])
 
 
 def test_unknown_task_leaves_nothing(tmp_path):
