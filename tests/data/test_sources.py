@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import shutil
 import sys
-import types
 
 import pytest
 
@@ -113,40 +113,41 @@ def test_hugging_face_folders_need_their_package(tmp_path, monkeypatch):
         open_dataset(tmp_path)
 
 
-def test_hugging_face_folders_are_read_by_their_package(tmp_path, monkeypatch):
-    """A stand-in for the package, since it is no requirement: what is called, and what is made of it."""
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    calls = []
+@pytest.fixture
+def datasets(tmp_path_factory, monkeypatch):
+    """The package, with a cache of its own."""
+    import datasets
 
-    class Dataset(list):
-        @staticmethod
-        def from_parquet(names, split, keep_in_memory):
-            calls.append((split, len(names)))
-            return Dataset(ROWS[: len(names)])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    return datasets
 
-    def load_from_disk(path):
-        calls.append(path)
-        return {"train": Dataset(ROWS[:3]), "test": Dataset(ROWS[3:4])}
 
-    package = types.SimpleNamespace(Dataset=Dataset, load_from_disk=load_from_disk, __spec__=object())
-    monkeypatch.setitem(sys.modules, "datasets", package)
-    splits = open_dataset(saved)
-    assert calls == [str(saved)]
-    assert [row for row in splits["train"]] == ROWS[:3] and splits["test"][0] == ROWS[3]
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
-        (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "hub" / "data" / f"{name}.parquet").touch()
+def test_what_datasets_saved_to_disk(tmp_path, datasets):
+    rows = [{"question": f"{n}?", "choices": {"label": ["A", "B"], "text": ["x", str(n)]}} for n in range(9)]
+    whole = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict(train=whole.select(range(6)), test=whole.select(range(6, 9))).save_to_disk(
+        str(tmp_path / "splits")
+    )
+    splits = open_dataset(tmp_path / "splits")
+    assert {name: list(splits[name]) for name in splits} == {"train": rows[:6], "test": rows[6:]}
+    whole.save_to_disk(str(tmp_path / "one"))
+    assert [row for row in open_dataset(tmp_path / "one")["train"]] == rows
+
+
+def test_parquet_files_as_the_hub_has_them(tmp_path, datasets):
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    parts = {
+        "train-00000-of-00002": ROWS[:3],
+        "train-00001-of-00002": ROWS[3:5],
+        "test-00000-of-00001-0f3b1c2d4e5a6b7c": ROWS[5:9],
+    }
+    for name, rows in parts.items():
+        datasets.Dataset.from_list(rows).to_parquet(str(folder / f"{name}.parquet"))
     splits = open_dataset(tmp_path / "hub")
-    assert calls[1:] == [("test", 1), ("train", 2)] and len(splits["train"]) == 2
-    (
-        tmp_path / "hub" / "data" / "test-00000-of-00001-0f3b1c2d4e5a6b7c.parquet"
-    ).touch()  # as the hub names them too
-    open_dataset(tmp_path / "hub")
-    assert calls[3:] == [("test", 2), ("train", 2)]
+    assert {name: list(splits[name]) for name in splits} == {"train": ROWS[:5], "test": ROWS[5:9]}
     (tmp_path / "hub" / "socratic").mkdir()
-    (tmp_path / "hub" / "socratic" / "train-00000-of-00001.parquet").touch()
+    shutil.copy(folder / "train-00000-of-00002.parquet", tmp_path / "hub" / "socratic")
     with pytest.raises(
         DataError, match=r"a split 'train' in several folders \(data, socratic\); give the path"
     ):
