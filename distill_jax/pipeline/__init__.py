@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from distill_jax.checkpoint import read_json
@@ -24,10 +25,10 @@ from distill_jax.pipeline.attack import attack
 from distill_jax.pipeline.checks import check_start
 from distill_jax.pipeline.coloured_rollouts import colour_rollouts
 from distill_jax.pipeline.dial import dial, dial_settings
-from distill_jax.pipeline.distil import ATTACK, distil
+from distill_jax.pipeline.distil import ATTACK, GOLD, distil
 from distill_jax.pipeline.evaluate import evaluate
 from distill_jax.pipeline.plan import format_plan
-from distill_jax.pipeline.prepare import prepare, role_spec
+from distill_jax.pipeline.prepare import STUDENT, prepare, role_spec
 from distill_jax.pipeline.probe import chosen, probe
 from distill_jax.pipeline.probe_summary import diagnosis_text, summarise_probes
 from distill_jax.pipeline.settings import STAGES, Settings, apply_modes, from_config, read_settings, to_config
@@ -86,7 +87,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
         # Two programs that run collectives on the same devices may wait for each other for ever.
         settings = dataclasses.replace(settings, at_once=1)
     open_workdir(folder, plain_config(config))
-    work = {"prepare": prepare, "calibrate": calibrate_arms, "distil": distil, "evaluate": evaluate}
+    work = {"prepare": _prepare, "calibrate": calibrate_arms, "distil": distil, "evaluate": evaluate}
     for stage in STAGES[:-1]:
         # A finished run may be given the larger budgets later; its stages then do what is missing.
         longer = stage in ("distil", "evaluate") and bool(settings.distillation.long_budgets)
@@ -110,6 +111,18 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
         return None
     colour_rollouts(settings, mesh, folder)
     return _report(settings, folder, plain_config(apply_modes(config)))
+
+
+def _prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
+    """The stage, and beside the training of the teacher the students of gold text, which need no teacher."""
+
+    fills_a_core = settings.at_once > 1 and "distil" in settings.stages
+
+    def ready(name: str) -> None:
+        if fills_a_core and name.startswith(STUDENT):
+            distil(settings, mesh, workdir, (GOLD,), (name.removeprefix(STUDENT),))
+
+    prepare(settings, mesh, workdir, ready)
 
 
 def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +183,7 @@ def _setting(settings: Settings, folder: Path) -> Setting:
     parameters, descriptions = {}, {}
     how = "all weights" if settings.distillation.training.trainable == "params" else "a low-rank adapter"
     for kind in settings.students:
-        spec = role_spec(settings, folder, f"student_{kind}")
+        spec = role_spec(settings, folder, f"{STUDENT}{kind}")
         parameters[kind] = spec.num_params
         descriptions[kind] = f"{spec.n_layers} layers, width {spec.d_model}, {how} trained"
     return Setting(

@@ -44,7 +44,7 @@ from distill_jax.pipeline.evaluate import (
     teacher_answers,
     test_problems,
 )
-from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.prepare import STUDENT, load_role
 from distill_jax.pipeline.settings import Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
 
@@ -70,7 +70,7 @@ def attack(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     _evaluate_teachers(bench, arms)
     _answer_constantly(bench)
     for kind in kinds:
-        model = load_role(settings, mesh, workdir, f"student_{kind}")
+        model = load_role(settings, mesh, workdir, f"{STUDENT}{kind}")
         student = Student(kind, model, settings.students[kind])
         _evaluate_untrained(bench, student)
         cells = list(_cells(bench, arms, student, suite))

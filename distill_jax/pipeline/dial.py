@@ -24,7 +24,7 @@ from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task, style_of
 from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.evaluate import DECODINGS, teacher_answers, test_problems, text_gaps
-from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.prepare import STUDENT, load_role
 from distill_jax.pipeline.settings import Settings
 from distill_jax.pipeline.short_students import short_answers, short_settings, train_short
 from distill_jax.tasks.base import Problem, Task
@@ -55,7 +55,7 @@ def dial(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     teacher = load_role(settings, mesh, workdir, "teacher")
     arms = {name: load_arm(settings, workdir, teacher, name) for name in (chosen.arm, chosen.other) if name}
     proxy = load_role(settings, mesh, workdir, "proxy")
-    student = load_role(settings, mesh, workdir, f"student_{kind}")
+    student = load_role(settings, mesh, workdir, f"{STUDENT}{kind}")
     task, problems = make_task(settings, mesh), test_problems(settings)
     done = itertools.count(1)
 

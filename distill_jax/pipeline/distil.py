@@ -22,7 +22,7 @@ from distill_jax.models.decoder import Params
 from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task
 from distill_jax.pipeline.at_once import run_at_once
-from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.prepare import STUDENT, load_role
 from distill_jax.pipeline.settings import Role, Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
 from distill_jax.rft.texts import encode_completions, encode_prompts, end_of_text_id
@@ -87,15 +87,25 @@ def decode_texts(
     ]
 
 
-def distil(settings: Settings, mesh: Mesh, workdir: Path, sources: Sequence[str] | None = None) -> None:
-    """Samples the texts of every arm and trains every cell that is not finished yet; of `sources` alone if given."""
+def distil(
+    settings: Settings,
+    mesh: Mesh,
+    workdir: Path,
+    sources: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
+) -> None:
+    """Samples the texts of every arm and trains every cell that is not finished yet.
+
+    sources, kinds: arms (or "gold") and kinds of student; all by default.
+    """
     sources = (GOLD, *settings.arms) if sources is None else sources
     _sample_arms(settings, mesh, workdir, sources)
-    for kind, role in settings.students.items():
+    for kind in settings.students if kinds is None else kinds:
+        role = settings.students[kind]
         waiting = [arm for arm in sources if not _trained(settings, workdir, arm, kind)]
         if not waiting:
             continue
-        student = load_role(settings, mesh, workdir, f"student_{kind}")
+        student = load_role(settings, mesh, workdir, f"{STUDENT}{kind}")
         jobs = [
             functools.partial(_train_cell, settings, workdir, student, role, arm, kind) for arm in waiting
         ]

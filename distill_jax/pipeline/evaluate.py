@@ -18,7 +18,7 @@ from distill_jax.models.model import Model
 from distill_jax.pipeline.arms import Arm, load_arm, make_task, style_of
 from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.distil import ATTACK, GOLD, cell, decode_texts, student_start
-from distill_jax.pipeline.prepare import SCORED_ROWS, load_role
+from distill_jax.pipeline.prepare import SCORED_ROWS, STUDENT, load_role
 from distill_jax.pipeline.settings import Role, Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
 from distill_jax.rft.texts import encode_prompts, score_texts
@@ -45,7 +45,7 @@ def evaluate(settings: Settings, mesh: Mesh, workdir: Path) -> None:
         waiting = [c for c in cells if not _predicted(settings, workdir, c[0], c[1], kind)]
         if not waiting:
             continue
-        student = load_role(settings, mesh, workdir, f"student_{kind}")
+        student = load_role(settings, mesh, workdir, f"{STUDENT}{kind}")
 
         def run(arm: str, attack: str, student: Model = student, role: Role = role, kind: str = kind) -> None:
             evaluate_cell(settings, workdir, student, role, task, problems, arm, attack, kind)

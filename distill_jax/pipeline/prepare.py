@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -31,6 +31,7 @@ from distill_jax.text.token_ids import TokenIds
 from distill_jax.text.tokenizers import Tokenizer
 
 _BPE_TEXTS = 4000
+STUDENT = "student_"  # stands before the name of a kind of student where all models have names
 SCORED_ROWS = 64  # texts that are scored at a time
 
 
@@ -40,7 +41,7 @@ def all_roles(settings: Settings) -> dict[str, Role]:
     return {
         **settings.roles,
         **further,
-        **{f"student_{name}": role for name, role in settings.students.items()},
+        **{f"{STUDENT}{name}": role for name, role in settings.students.items()},
     }
 
 
@@ -51,8 +52,14 @@ def further_proxies(settings: Settings) -> dict[str, Role]:
     return {f"proxy_{name}": role for name, role in settings.proxies.items()}
 
 
-def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
+def prepare(
+    settings: Settings, mesh: Mesh, workdir: Path, ready: Callable[[str], None] = lambda name: None
+) -> None:
     """Trains the models with source "train", and checks that teacher and proxies fit together.
+
+    Args:
+      ready: called with the name of each model that was trained, while others still may be: the place for work that
+        needs no more than this model, on a core that would have nothing to do until the largest one is there.
 
     Raises:
       ValueError: tokenizers that cannot be aligned.
@@ -69,13 +76,13 @@ def prepare(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     ]
     # The longest first, so that the short ones run beside it.
     waiting.sort(key=lambda names: -sum(phase.steps for phase in roles[names[0]].phases))
-    run_at_once(
-        [
-            functools.partial(_train_group, settings, mesh, workdir, {name: roles[name] for name in names})
-            for names in waiting
-        ],
-        settings.at_once,
-    )
+
+    def train_group(names: list[str]) -> None:
+        _train_group(settings, mesh, workdir, {name: roles[name] for name in names})
+        for name in names:
+            ready(name)
+
+    run_at_once([functools.partial(train_group, names) for names in waiting], settings.at_once)
     teacher = load_role(settings, mesh, workdir, "teacher")
     for name in ("proxy", *further_proxies(settings)):
         proxy = load_role(settings, mesh, workdir, name)

@@ -9,7 +9,7 @@ from distill_jax.models.packages import PACKAGE_MODELS, find_package_model
 from distill_jax.pipeline.arms import make_task
 from distill_jax.pipeline.distil import student_problems
 from distill_jax.pipeline.evaluate import test_problems
-from distill_jax.pipeline.prepare import all_roles, model_place
+from distill_jax.pipeline.prepare import STUDENT, all_roles, model_place
 from distill_jax.pipeline.settings import Settings
 from distill_jax.rft.texts import check_prompt_lengths
 from distill_jax.tasks.base import Problem
@@ -37,7 +37,7 @@ def check_prompts(settings: Settings, workdir: Path) -> None:
     _check(settings, workdir, "teacher", asked, calibration.prompt_sizes, "calibration.prompt_sizes")
     for kind in settings.students:
         sizes = (settings.distillation.prompt_size,)
-        _check(settings, workdir, f"student_{kind}", held_out, sizes, "distillation.prompt_size")
+        _check(settings, workdir, f"{STUDENT}{kind}", held_out, sizes, "distillation.prompt_size")
 
 
 def _check(

@@ -29,7 +29,7 @@ from distill_jax.pipeline.at_once import run_at_once
 from distill_jax.pipeline.dial import point_path, teacher_numbers, turned
 from distill_jax.pipeline.distil import student_start
 from distill_jax.pipeline.evaluate import test_problems
-from distill_jax.pipeline.prepare import load_role
+from distill_jax.pipeline.prepare import STUDENT, load_role
 from distill_jax.pipeline.probe import measure_once
 from distill_jax.pipeline.probe_settings import choose_probes
 from distill_jax.pipeline.probe_texts import Bench, Written, make_bench
@@ -91,7 +91,7 @@ def study(settings: Settings, mesh: Mesh, workdir: Path) -> None:
     waiting = [entry for entry in entries if not study_path(workdir, entry.name).exists()]
     if not waiting:
         return
-    student, bench = load_role(settings, mesh, workdir, f"student_{kind}"), make_bench(settings, mesh)
+    student, bench = load_role(settings, mesh, workdir, f"{STUDENT}{kind}"), make_bench(settings, mesh)
     tools = _Tools(
         settings,
         workdir,

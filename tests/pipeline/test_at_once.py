@@ -45,8 +45,18 @@ def test_an_error_is_raised_and_begins_nothing_more(workers):
 def test_a_run_side_by_side_has_the_results_of_one_after_another(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "make_mesh", lambda spec: make_mesh(spec, devices=jax.devices()[:1]))
     changes = {"stages": ("prepare", "calibrate", "distil", "evaluate"), "distillation.seeds": 1}
+    calibrate = pipeline.calibrate_arms
+    gold_students = []
+
+    def calibrate_arms(settings, mesh, workdir):
+        gold_students.append(len(list((workdir / "students").glob("gold/sft/*/steps*"))))
+        calibrate(settings, mesh, workdir)
+
+    monkeypatch.setattr(pipeline, "calibrate_arms", calibrate_arms)
     for workers in (1, 2):
         pipeline.run(smallest(changes | {"at_once": workers}), tmp_path / str(workers))
+    # Side by side, students that need no teacher are trained beside the teacher.
+    assert gold_students[0] == 0 < gold_students[1]
     patterns = (
         "models/*/model.safetensors",
         "arms/*/evaluation.jsonl",
