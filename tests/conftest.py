@@ -19,6 +19,9 @@ if IN_WORKER:
     os.environ.setdefault("PJRT_NPROC", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Nearly all of a test's time is compilation, and half of that is LLVM's optimiser, which small models have no use for.
+# XLA's own passes are the same at every level; what has to be exact must be so at each of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers warn otherwise
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download must fail at once
 os.environ["JAX_PLATFORMS"] = "cpu"

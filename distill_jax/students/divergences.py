@@ -227,12 +227,11 @@ def _on_support(
     student_tail = log_mass_outside(q, inside)
     p, q = jnp.where(inside, p, LOG_ZERO), jnp.where(inside, q, LOG_ZERO)
     if config.tail == "renormalise":
-        p, q = (
-            jnp.where(
-                inside, jnp.maximum(lp - jax.nn.logsumexp(lp, axis=-1, keepdims=True), LOG_ZERO), LOG_ZERO
-            )
-            for lp in (p, q)
-        )
+        # Side by side in one array: compiled apart, the two sums may be rounded in different orders, and a student that
+        # is its teacher would be a rounding away from it.
+        both = jnp.stack([p, q])
+        both -= jax.nn.logsumexp(both, axis=-1, keepdims=True)
+        p, q = jnp.where(inside, jnp.maximum(both, LOG_ZERO), LOG_ZERO)
     value = _entries(config, p, q).sum(axis=-1)
     if config.tail == "bucket":
         value += _entries(config, teacher_tail, student_tail)
