@@ -18,18 +18,28 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _TAGGED = re.compile(r"<answer>([^<]*)", re.DOTALL | re.IGNORECASE)
 _VERB = r"(?:is|would be|should be|must be)\b"
 _LEADS = (
-    r"(?:\s*[:=]|\s+[-\u2013\u2014](?=\s))?\s*(?:therefore\s+|clearly\s+|most likely\s+)?"
+    r"(?:\s*[:=]|\s+[-\u2013\u2014](?=\s))?\s*"
+    r"(?:(?:therefore|thus|clearly|simply|indeed|definitely|actually|probably|most likely|likely)\s+)?"
     r"(?:option\b|choice\b|letter\b)?\s*[:=]?\s*"
 )
 _ANNOUNCED = re.compile(
-    rf"\b(?:answer\b(?:\s+(?:here|to (?:this|the) question))?(?:\s+{_VERB})?|(?:choice|option)\s+{_VERB}){_LEADS}"
-    r"|答案(?:是|为)?\s*[:\uff1a]?\s*",
+    rf"\b(?:answer\b(?:\s+(?:here|to (?:this|the) question))?(?:\s+{_VERB})?|(?:choice|option)\s+{_VERB}"
+    rf"|(?:correct|right|best)\s+(?:one|response|statement)\s+{_VERB}"
+    rf"|I(?:'d|'ll| would| will)?\s+(?:choose|pick|select|go (?:with|for)|take)\b(?:\s+the\s+answer\b)?){_LEADS}"
+    r"|答案(?:是|为)?\s*:?\s*",
+    re.IGNORECASE,
+)
+# Before an option, or the word "answer": what follows is not chosen.
+_DENIED = re.compile(
+    r"(?:\b(?:neither|nor|not|wrong|incorrect|false|other|whether|if|unlikely)|n't(?:\s+(?:think|believe|say))?)"
+    r"\s+(?:that\s+)?(?:option\s+|choice\s+)?$",
     re.IGNORECASE,
 )
 _DECLARED = re.compile(
     r"(?<![\w'])\(?([A-Z])\)?[.:]?(?:\s*\([^()]*\))?\s+is\s+(?:clearly\s+)?(?:the\s+)?(?:most\s+|single\s+)?"
     r"(?:correct|right|best|appropriate|accurate|answer)\b"
-    r"|\b(?:[Ii]t(?:'s| is)|[Tt]herefore|[Tt]hus|[Hh]ence|[Ss]o),?\s+\(?([A-Z])\)?\s*(?:[.!]|$)",
+    r"(?=\s*(?:$|[.,;:!)]|(?:answer|option|choice|one|response|here|because|since|as|for this)\b))"
+    r"|\b(?:[Ii]t(?:'s| is| must be)|[Tt]herefore|[Tt]hus|[Hh]ence|[Ss]o),?\s+\(?([A-Z])\)?\s*(?:[.!]|$)",
     re.MULTILINE,
 )
 _NAMED = re.compile(r"\b(?:choice|option)\b\s*[:=]?\s*", re.IGNORECASE)
@@ -42,7 +52,15 @@ _REFUSED = re.compile(
 # A letter, alone or in brackets, that is no part of a word.
 _LETTER = re.compile(r"[\s(\[\"'“{]*([A-Za-z])(?![\w'’])[)\]}]?")
 _SECOND = re.compile(r"\s*(?:[,;|/&]|\bor\b|\band\b)\s*(?:or\s+|and\s+)?\(?([A-Z])\)?(?![\w'’])")
-_DECORATION = re.compile(r"\*\*|__|`|\$|\\[()\[\]]|\\(?:text|textbf|mathrm|mathbf|textit)\s*(?=\{)")
+_DECORATION = re.compile(
+    r"\*\*|__|`|\$|\\[()\[\]]|\\(?:text|textbf|mathrm|mathbf|textit)\s*(?=\{)"
+    r"|(?<![\w*)])\*(?=[(\w])|(?<=[\w.)])\*(?![\w*(])"  # one star on the outside of a word
+)
+_SPACES = re.compile(r"[^\S\n]+")
+_LINES = re.compile(r"\n(?: ?\n)+ ?")
+_NEAR = 40  # characters before a mark that can deny it
+_TAIL = 1000  # characters after a mark that are read: what a model wrote may hold thousands of marks
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # After "A" or "I", which are words too, only these make it a letter.
 _GOES_ON = re.compile(r"\s*(?:$|[\n.,:;)\]}\"'”(!-]|(?:because|since|as|for|is|or|and)\b)")
 
@@ -54,10 +72,10 @@ def extract_choice(completion: str, options: Sequence[str], stop_texts: Sequence
     of several of a kind the last:
 
     1. `<answer>...</answer>`, `\\boxed{...}`, and, where no later answer is announced, what follows `####`;
-    2. what follows "answer", with or without "is" and a colon, or "option is", "choice would be";
+    2. what follows "answer", with or without "is" and a colon, or "option is", "choice would be", "I would choose";
     3. "B is correct", "it is B.", "therefore, B.";
-    4. "option B", unless it is called wrong;
-    5. a last or first line that is nothing but a choice: `B`, `(B)`, `B. Paris`, `Paris`.
+    4. a last or first line that is nothing but a choice: `B`, `(B)`, `B. Paris`, `Paris`;
+    5. "option B", unless it is called wrong.
 
     A choice is a letter of the options (a small one only in brackets or alone), or an option's text.
 
@@ -66,11 +84,10 @@ def extract_choice(completion: str, options: Sequence[str], stop_texts: Sequence
       options: texts of the options; the first has the letter A.
       stop_texts: where a model that never ends by itself has begun something else.
     """
-    text = answer_part(completion, stop_texts).strip()
-    declared = (first or second for first, second in _DECLARED.findall(_plain(text)))
-    for marks in (_strong_marks(text), _after(_ANNOUNCED, text), declared, _named(text)):
+    text = answer_part(completion, stop_texts).translate(_FULL_WIDTH).strip()
+    for marks in (map(_plain, _strong_marks(text)), _after(_ANNOUNCED, text), _declared(text)):
         for tail in reversed(list(marks)):
-            choice = _choice_at_start(_plain(tail), options)
+            choice = _choice_at_start(tail, options)
             if choice is not None:
                 return choice if choice >= 0 else None
     lines = [line for line in _plain(text).splitlines() if line.strip()]
@@ -78,12 +95,16 @@ def extract_choice(completion: str, options: Sequence[str], stop_texts: Sequence
         choice = _whole_line(line, options)
         if choice is not None:
             return choice
+    for tail in reversed(list(_named(text))):
+        choice = _choice_at_start(tail, options)
+        if choice is not None:
+            return choice if choice >= 0 else None
     return None
 
 
 def _plain(text: str) -> str:
-    """Without marks of bold type, code and mathematics."""
-    return _DECORATION.sub("", text)
+    """Without marks of bold type, code and mathematics, and with one space, two line breaks, where there are many."""
+    return _LINES.sub("\n\n", _SPACES.sub(" ", _DECORATION.sub("", text)))
 
 
 def _strong_marks(text: str) -> Iterator[str]:
@@ -98,7 +119,15 @@ def _strong_marks(text: str) -> Iterator[str]:
 def _after(pattern: re.Pattern[str], text: str) -> Iterator[str]:
     plain = _plain(text)
     for match in pattern.finditer(plain):
-        yield plain[match.end() :]
+        if not _DENIED.search(plain[max(match.start() - _NEAR, 0) : match.start()]):
+            yield plain[match.end() : match.end() + _TAIL]
+
+
+def _declared(text: str) -> Iterator[str]:
+    plain = _plain(text)
+    for match in _DECLARED.finditer(plain):
+        if not _DENIED.search(plain[max(match.start() - _NEAR, 0) : match.start()]):
+            yield match[1] or match[2]
 
 
 def _named(text: str) -> Iterator[str]:

@@ -19,23 +19,61 @@ from distill_jax.rewards.functions import LimitedFunction
 ANSWER_MARK = "####"
 # The mark is a heading in Markdown: words alone, or the number of a step.
 _HEADING = re.compile(r"(?:[A-Za-z][A-Za-z ,'-]{2,}|(?:step|part|case)\b.*):?", re.IGNORECASE)
+# A number, and after it words: a unit, an explanation.
+_NUMBER = r"[-+]?[$\u20ac\u00a3]?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?"
+_WITH_WORDS = re.compile(
+    rf"\s*({_NUMBER})\s*%?\s*(?:\([^()]*[A-Za-z]|(?!(?:or|and|to|pi|sqrt|sin|cos|tan|log|ln|exp|[xyzn])\b)[A-Za-z])"
+)
+_PLAIN_NUMBER = re.compile(rf"\s*\$?{_NUMBER}\$?\s*")
+# What may stand between two boxes that are parts of one answer.
+_JOINED = re.compile(r"(?:[\s,;$]|\\[()\[\]]|\band\b|\bor\b|\\quad|\\text\s*\{[^{}]*\})*")
+_BOXED = "\\boxed"
 MEMORY_BYTES = 4 << 30
 
 
-def final_answer(completion: str, stop_texts: Sequence[str] = ()) -> str:
-    """The part of a completion that is judged.
+def final_answer(completion: str, stop_texts: Sequence[str] = (), answer: str = "") -> str:
+    """The part of a completion that is judged; math-verify looks for the answer in it.
 
     Of `answer_part` (no thinking, up to the first stop text) the first line after the last mark `####`; all of it where
-    there is none, where that line is a heading, or where a box comes later; then math-verify looks for the answer.
+    there is none, where that line is a heading, or where a box comes later. Of boxes that are not parts of one answer
+    the last.
+
+    Args:
+      answer: the reference. Where it is a number, the line's number is judged without the words behind it
+        (`18 dollars a week for 4 weeks`), in which math-verify would find another.
     """
     text = answer_part(completion, stop_texts).replace("\\$", "")  # an escaped sign of a currency
     working, mark, after = text.rpartition(ANSWER_MARK)
-    if not mark or "\\boxed" in after:
-        return text
+    if not mark or _BOXED in after:
+        return _last_box(text)
     if not after.strip():
         return working
     line, _, rest = after.strip().partition("\n")
-    return rest.strip() if rest.strip() and _HEADING.fullmatch(line.strip(" *")) else line
+    if rest.strip() and _HEADING.fullmatch(line.strip(" *")):
+        return rest.strip()
+    words = _WITH_WORDS.match(line) if _PLAIN_NUMBER.fullmatch(answer) else None
+    return words[1] if words else line
+
+
+def _last_box(text: str) -> str:
+    """The text from its last box on, and the boxes right before that: a model that corrects itself writes several."""
+    start = text.rfind(_BOXED)
+    while (before := text.rfind(_BOXED, 0, max(start, 0))) >= 0:
+        end = _closing(text, before)
+        if not _JOINED.fullmatch(text, end, start):
+            return text[start:]
+        start = before
+    return text
+
+
+def _closing(text: str, start: int) -> int:
+    """The place behind the bracket that closes the first one after `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if text[place] == "}" and depth == 0:
+            return place + 1
+    return len(text)
 
 
 class MathVerifier:
@@ -58,7 +96,7 @@ class MathVerifier:
     def __call__(self, answers: Sequence[str], completions: Sequence[str]) -> list[float]:
         """1.0 or 0.0 for each pair of a reference answer and a completion."""
         calls = [
-            {"answer": answer, "completion": final_answer(completion, self._stop_texts)}
+            {"answer": answer, "completion": final_answer(completion, self._stop_texts, answer)}
             for answer, completion in zip(answers, completions, strict=True)
         ]
         # What says nothing, or the same words, needs no parser.

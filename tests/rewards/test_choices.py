@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from distill_jax.rewards.choices import extract_choice
@@ -69,6 +71,22 @@ CASES = [
     ("I think it's B.", 1),
     ("Therefore, B.", 1),
     ("B is the answer", 1),
+    ("Neither A nor D is correct. The correct one is B.", 1),
+    ("\u7b54\u6848\uff1a\uff08B\uff09", 1),
+    ("Answer\uff1aB", 1),
+    ("Answer: *B*", 1),
+    ("The answer is probably B.", 1),
+    ("The answer is most likely (B).", 1),
+    ("B. Paris\n\nOption A is for England.", 1),
+    ("B\n\nLondon lies in England. Option D refers to America.", 1),
+    ("B. Paris\n\nA is accurate about England only.", 1),
+    ("The answer is B.\n\nThe wrong answer A is a city too.", 1),
+    ("A. London\nB. Paris\nI would choose option B.", 1),
+    ("I'd go with B.", 1),
+    ("The answer is not A.", None),
+    ("I don't think A is correct. Paris it is. So it must be B.", 1),
+    ("If A is correct, then 2 = 3, a contradiction. So it must be B.", 1),
+    ("It is unlikely that A is right.\nB", 1),
     ("", None),
 ]
 
@@ -80,6 +98,15 @@ def test_extract_choice(completion, expected):
 
 def test_text_behind_a_stop_text_is_not_read():
     assert extract_choice("B\n\nQuestion: next?\nAnswer: C", OPTIONS, ("\nQuestion:",)) == 1
+
+
+@pytest.mark.parametrize("unit", ["\n", " ", "answer ", "Option B ", "####", "\\boxed{", "(A ", "A is ", "*"])
+def test_texts_of_a_model_that_has_lost_its_way_are_read_in_no_time(unit):
+    """Regular expressions that go back over what they read would take minutes, and a thread cannot stop them."""
+    text = "Option B" + unit * (24_000 // len(unit)) + "x"
+    started = time.process_time()
+    extract_choice(text, OPTIONS)
+    assert time.process_time() - started < 5.0
 
 
 def test_numbers_as_options():

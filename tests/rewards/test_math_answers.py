@@ -46,6 +46,25 @@ CASES = [
     ("18", "The total is \\$18.", 1.0),
     ("5", "<think>\nmaybe \\boxed{4}</think>\n\\boxed{5}", 1.0),
     ("5", "<think>maybe #### 5", 0.0),
+    # The number of the line is the answer, not one in the words behind it.
+    ("18", "#### 18 dollars per week for 4 weeks", 1.0),
+    ("4", "#### 18 dollars per week for 4 weeks", 0.0),
+    ("18", "#### 18 (since 9 + 9)", 1.0),
+    ("9", "#### 18 (since 9 + 9)", 0.0),
+    ("18", "#### 18 m^2", 1.0),
+    ("18", "#### $18 km/h", 1.0),
+    ("3", "#### 3 or 5", 0.0),
+    ("5", "#### 5 x", 0.0),
+    ("0.5", "#### 1/2 of the cake", 1.0),
+    # Who corrects himself is judged by his last box, who boxes the parts of one answer by all.
+    ("5", "\\boxed{3}. Wait, that is wrong.\n\\boxed{5}", 1.0),
+    ("3", "\\boxed{3}. Wait, that is wrong.\n\\boxed{5}", 0.0),
+    ("1, 2", "\\boxed{1}, \\boxed{2}", 1.0),
+    # As one writes without LaTeX.
+    ("\\sqrt{2}", "#### \u221a2", 1.0),
+    ("2\\sqrt{3}", "#### 2 sqrt(3)", 1.0),
+    ("12\\pi", "#### 12 pi", 1.0),
+    ("3/2", "#### 1 1/2", 1.0),
 ]
 
 
