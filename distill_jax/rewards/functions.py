@@ -15,6 +15,7 @@ import os
 import pickle
 import queue
 import select
+import struct
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LOADING_SECONDS = 300.0  # importing sympy, or a user's own module, on a busy machine
+_LARGEST_REPLY = 1 << 20  # bytes; a number, or what was raised
 _GRACE_SECONDS = 2.0  # the kernel's alarm in the child comes first
 LEAST_MEMORY_BYTES = 64 << 20
 
@@ -102,16 +104,34 @@ class _Child:
 
     def _receive(self, limit: float, patience: float) -> tuple[str, Any]:
         """A reply; CallFailed when there is none after `limit` (the child's own) or `patience` (ours) seconds."""
-        assert self._process is not None and self._process.stdout is not None
         started = time.monotonic()
-        if select.select([self._process.stdout], [], [], patience)[0]:
-            try:
-                return pickle.load(self._process.stdout)
-            except (EOFError, pickle.UnpicklingError):
-                pass
-        waited = time.monotonic() - started
-        self.stop()
-        raise CallFailed(f"it took more than {limit:g} s" if waited >= 0.99 * limit else "its process died")
+        try:
+            (size,) = struct.unpack(">Q", self._read(8, started + patience))
+            if size > _LARGEST_REPLY:  # the function wrote to a pipe that is not its own
+                raise ValueError(f"a reply of {size} bytes")
+            return pickle.loads(self._read(size, started + patience))
+        except Exception:  # whatever stands there, it is no reply
+            waited = time.monotonic() - started
+            self.stop()
+            why = (
+                f"it took more than {limit:g} s"
+                if waited >= 0.99 * limit
+                else "its process died or spoke nonsense"
+            )
+            raise CallFailed(why) from None
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        """So many bytes of the child's output; EOFError when it ends before, TimeoutError when they do not come."""
+        assert self._process is not None and self._process.stdout is not None
+        pipe, found = self._process.stdout.fileno(), b""
+        while len(found) < size:
+            if not select.select([pipe], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+                raise TimeoutError
+            part = os.read(pipe, size - len(found))
+            if not part:
+                raise EOFError
+            found += part
+        return found
 
 
 def _stop_all(children: Sequence[_Child]) -> None:

@@ -2,9 +2,10 @@
 
     python -m distill_jax.rewards.worker MODULE:FUNCTION NAME,NAME,... SECONDS MEMORY_BYTES
 
-Requests and replies are pickles on standard input and output. A call that takes too long is ended by the
-kernel: the alarm has its default action, which kills the process whatever it is doing, so a loop in C code or
-a function that catches every exception cannot outlive its time. The parent starts another child.
+Requests are pickles on standard input, replies on standard output, each after its length in eight bytes. A call
+that takes too long is ended by the kernel: the alarm has its default action, which kills the process whatever it
+is doing, so a loop in C code or a function that catches every exception cannot outlive its time. The parent
+starts another child.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import pickle
 import resource
 import signal
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,7 +84,8 @@ def serve(path: str, names: Sequence[str], seconds: float, memory_bytes: int) ->
     os.dup2(2, 1)  # what the function prints must not stand among the replies
 
     def reply(*what: Any) -> None:
-        pickle.dump(what, replies)
+        data = pickle.dumps(what)
+        replies.write(struct.pack(">Q", len(data)) + data)
         replies.flush()
 
     if memory_bytes:
@@ -105,7 +108,7 @@ def serve(path: str, names: Sequence[str], seconds: float, memory_bytes: int) ->
         except MemoryError:
             answer = ("exhausted", memory_bytes)
         except BaseException as error:  # SystemExit among them: one call is not the process's to end
-            answer = ("raised", f"{type(error).__name__}: {error}")
+            answer = ("raised", f"{type(error).__name__}: {str(error)[:1000]}")
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a function may have set its own
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(*answer)

@@ -63,6 +63,10 @@ class MultipleChoice(RowTask):
         named = "labels" in self.entry.columns
         if named:
             labels = [str(label).strip() for label in column(row, self.entry.columns["labels"], where)]
+            if len(labels) != len(options):
+                raise DataError(
+                    f"{where}: {len(labels)} labels for {len(options)} options; expected one for each"
+                )
         answer = column(row, self.entry.columns["answer"], where)
         right = self._right(answer, options, labels, named, where)
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]

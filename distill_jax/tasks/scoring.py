@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,7 @@ def score_all(
     ended: Iterable[bool],
     seconds: float = SECONDS,
 ) -> tuple[list[float], int]:
-    """(rewards, how many verifications raised or took too long): such a row scores 0.
+    """(rewards, how many verifications raised, took too long or gave no finite number): such a row scores 0.
 
     A task's `score` runs in a thread beside the caller's, which goes on without it when it hangs. Python cannot end a
     thread, so a loop without end keeps using processor time, and one in C code that never lets go of the interpreter
@@ -36,13 +37,16 @@ def score_all(
     as those of the tasks here are that judge with other people's code.
 
     Args:
-      task: its `score_batch` is used where it has one; that answers for its own time.
+      task: its `score_batch` is used where it has one, which answers for its own time; when that raises, `score`.
       problems, completions, ended: one a row.
       seconds: wall-clock time of one `score`.
     """
     ends = [bool(end) for end in ended]
     if isinstance(task, BatchTask):
-        return [float(reward) for reward in task.score_batch(problems, completions, ends)], 0
+        try:
+            return [float(reward) for reward in task.score_batch(problems, completions, ends)], 0
+        except Exception:
+            _log.exception("task %s could not judge a batch; its rows are judged one by one", task.name)
     rows = [_Row(*row) for row in zip(problems, completions, ends, strict=True)]
     rewards: list[float] = []
     failed = 0
@@ -79,8 +83,10 @@ class _Worker:
 
     def _run(self, task: Task, rows: Sequence[_Row]) -> None:
         for row in rows:
+            result: float | BaseException
             try:
-                result: float | BaseException = float(task.score(*row))
+                reward = float(task.score(*row))
+                result = reward if math.isfinite(reward) else ValueError(f"it gave {reward}")
             except BaseException as error:  # SystemExit among them: one verification is not the run's to end
                 result = error
             if self._is_abandoned.is_set():

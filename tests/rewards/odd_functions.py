@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -37,6 +38,10 @@ def misbehave(completion: str) -> float:
     if completion == "hang in C":
         ctypes.pythonapi.PyGILState_Ensure()  # keeps the interpreter from ever running another thread's code
         ctypes.CDLL(None).sleep(60)
+    if completion == "write everywhere":
+        for descriptor in range(3, 20):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"no reply at all")
     if completion == "memory":
         return float(len(bytearray(3 << 30)))
     if completion == "infinite":

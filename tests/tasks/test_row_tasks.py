@@ -128,6 +128,15 @@ def test_labels_that_are_numbers(tmp_path, answer):
         assert plain.problems("train", 1, 0)[0].answer == "C"
 
 
+def test_labels_and_options_of_different_number_are_refused(tmp_path):
+    rows = [{"q": "?", "o": ["x", "y"], "l": ["A", "B", "C"], "a": "C"}] * 40
+    columns = {"question": "q", "choices": "o", "labels": "l", "answer": "a"}
+    with pytest.raises(DataError, match="3 labels for 2 options"):
+        get_task(
+            "multiple_choice", path=str(write_lines(tmp_path / "d.jsonl", rows)), columns=columns
+        ).problems("train", 1, seed=0)
+
+
 def test_worked_examples(tmp_path, judge):
     task = make("super_gpqa", tmp_path, judge, shots=2)
     problems = task.problems("train", 40, 0)

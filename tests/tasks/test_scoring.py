@@ -21,6 +21,9 @@ class Odd:
         self.released = threading.Event()
         self.scored: list[str] = []
 
+    def problems(self, split, count, seed):
+        return PROBLEMS[:count]
+
     def score(self, problem, completion, ended):
         self.scored.append(completion)
         if completion == "hangs":
@@ -52,6 +55,25 @@ def test_a_thread_that_was_left_behind_scores_nothing_more(task):
     task.released.set()
     time.sleep(0.2)
     assert task.scored == ["hangs", "1"]
+
+
+def test_a_batch_that_cannot_be_judged_is_judged_row_by_row(caplog):
+    class Batched(Odd):
+        def score_batch(self, problems, completions, ended):
+            raise RuntimeError("one of them is odd")
+
+    rewards, failed = score_all(Batched(), PROBLEMS[:3], ["0", "exits", "2"], [True] * 3)
+    assert rewards == [1.0, 0.0, 1.0] and failed == 1
+    assert "judged one by one" in caplog.text
+
+
+def test_no_number_is_no_reward(caplog):
+    class Blank(Odd):
+        def score(self, problem, completion, ended):
+            return float("nan") if completion == "0" else 1.0
+
+    assert score_all(Blank(), PROBLEMS[:2], ["0", "1"], [True] * 2) == ([0.0, 1.0], 1)
+    assert "it gave nan" in caplog.text
 
 
 def test_no_rows(task):
