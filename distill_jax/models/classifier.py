@@ -43,6 +43,8 @@ class Classifier:
       tokenizer: of its vocabulary.
       module: what `decoder.apply` takes.
       mesh: where the weights lie, None for one device.
+      pad_id: the id of padding, which is never the token that the head reads: where it also closes a text, the token
+        before it is read, as transformers does. None: no such id.
     """
 
     spec: ModelSpec
@@ -51,9 +53,10 @@ class Classifier:
     tokenizer: Tokenizer
     module: Decoder
     mesh: Mesh | None = None
+    pad_id: int | None = None
 
     def scores(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
-        """The head on the hidden state of each row's last token.
+        """The head on the hidden state of each row's last token that is not `pad_id`.
 
         Args:
           tokens: i32[B, T], right-padded; B divides by the mesh's data x fsdp.
@@ -62,7 +65,12 @@ class Classifier:
         Returns:
           f32[B].
         """
-        batch: Any = (np.asarray(tokens, np.int32), np.asarray(lengths, np.int32))
+        tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+        if self.pad_id is not None:
+            places = np.arange(tokens.shape[1])
+            read = (places < lengths[:, None]) & (tokens != self.pad_id)
+            lengths = np.where(read, places + 1, 1).max(axis=1).astype(np.int32)
+        batch: Any = (tokens, lengths)
         if self.mesh is not None:
             batch = place_batch(batch, self.mesh)
         return _scores(self.module, self.params, self.head, *batch)
@@ -124,4 +132,5 @@ def load_classifier(
     tokenizer = tokenizer or Tokenizer.from_folder(folder)
     if tokenizer.vocab_size != spec.vocab_size:
         tokenizer = tokenizer.with_vocab_size(spec.vocab_size)
-    return Classifier(spec, params, weights, tokenizer, module, mesh)
+    pad_id = config.get("pad_token_id")
+    return Classifier(spec, params, weights, tokenizer, module, mesh, None if pad_id is None else int(pad_id))

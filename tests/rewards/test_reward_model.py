@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -47,6 +48,18 @@ def test_scores_are_those_of_transformers(family):
     np.testing.assert_array_equal(
         classifier.scores(padded, golden["lengths"]), scores
     )  # padding may be anything
+
+
+def test_padding_is_never_the_token_that_is_read():
+    """transformers looks for the last token that is not `pad_token_id`, also where that id closes every text."""
+    classifier = load_classifier(GOLDENS / "llama", tokenizer=tokenizer_of_48())
+    tokens, lengths = np.array([[1, 7, 9, 11, 2], [1, 7, 2, 11, 9]]), np.array([5, 5])
+    # What transformers 5.24 gives for these rows with config.pad_token_id = 2 and 47.
+    for pad_id, expected in ((2, [0.46219486, 1.7549831]), (47, [1.8161228, 1.7549831])):
+        scores = dataclasses.replace(classifier, pad_id=pad_id).scores(tokens, lengths)
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+    padding = dataclasses.replace(classifier, pad_id=2)
+    assert np.isfinite(padding.scores(np.full((1, 4), 2), np.array([4]))).all()
 
 
 def test_batches_and_order_do_not_matter(folder):
