@@ -1,7 +1,8 @@
 """Data sets on disk, as splits of rows that can be read at any place. Nothing is fetched from a network.
 
     FILE.jsonl                    JSON lines: one split, "train"
-    FOLDER with *.jsonl           a split a file; train-00000-of-00002.jsonl and the like are joined
+    FOLDER with *.jsonl           a split a file; train-00000-of-00002.jsonl and the like are joined; one file
+                                  that is named after no split is "train"
     tfds:NAME                     a data set of tensorflow-datasets that was prepared on this machine
     FOLDER with dataset_info.json and array_record files    the same, by its folder
     FOLDER of `datasets.save_to_disk`, or with *.parquet    by the package `datasets`, where it is installed
@@ -27,6 +28,7 @@ import numpy as np
 
 Row = dict[str, Any]
 TFDS_PREFIX = "tfds:"
+_SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev"}
 _PEEKED = 1024  # bytes: where a file is one array, its first sign is "["
 _SHARD = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]{8,})?$")
 
@@ -180,6 +182,8 @@ def open_dataset(path: str | os.PathLike[str], data_dir: str | None = None) -> S
         by_split: dict[str, list[Path]] = {}
         for file in lines:
             by_split.setdefault(_split_name(file), []).append(file)
+        if len(by_split) == 1 and not by_split.keys() & _SPLIT_NAMES:
+            by_split = {"train": lines}  # published as one file under the name of the data set
         openers = {split: functools.partial(JsonLines, files) for split, files in by_split.items()}
         return Splits(str(place), openers)
     names = {entry.name for entry in place.iterdir()}

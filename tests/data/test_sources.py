@@ -44,6 +44,14 @@ def test_one_array_in_place_of_lines_is_refused_with_what_to_do(tmp_path):
         open_dataset(tmp_path / "rows.json")["train"]
 
 
+def test_a_folder_with_one_file_that_is_named_after_the_data_set(tmp_path):
+    """As Dolly, SuperGPQA and the Vicuna questions are published."""
+    write_lines(tmp_path / "databricks-dolly-15k.jsonl", ROWS)
+    assert {name: len(rows) for name, rows in open_dataset(tmp_path).items()} == {"train": len(ROWS)}
+    write_lines(tmp_path / "test.jsonl", ROWS)
+    assert set(open_dataset(tmp_path)) == {"databricks-dolly-15k", "test"}
+
+
 def test_lines_that_are_no_rows(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2\n[3]\n')
