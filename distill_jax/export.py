@@ -6,7 +6,8 @@ merged   the weights with the adapter worked in, at the scale of the dial: safet
          their index, config.json, generation_config.json, tokenizer, README.md
 peft     the adapter alone: adapter_config.json, adapter_model.safetensors, README.md
 
-Scale 0 is the original teacher bit for bit, 1 what was trained; anything between or beyond turns the dial.
+Scale 0 is the original teacher bit for bit (in the dtype of the run), 1 what was trained; anything between or beyond
+turns the dial.
 """
 
 from __future__ import annotations
@@ -136,6 +137,10 @@ def card_facts(
         notes.append(
             "The run kept the teacher's weights in 8 bits, for its adapter and for the numbers here; this model "
             "is made from the weights in full."
+        )
+    if settings.dtype != "float32":
+        notes.append(
+            f"The weights are in {settings.dtype}, as in the run, also where the source had more digits."
         )
     training: dict[str, Any] = {"run": f"pair {settings.pair}, seed {settings.seed}"}
     if arm != "original":

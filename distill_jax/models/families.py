@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from distill_jax.models.config_fields import unknown_fields
 from distill_jax.models.spec import ModelSpec, RopeScaling
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -195,6 +196,13 @@ def _refuse_unsupported(name: str, fields: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"config.json of a {name} model: {key} = {fields[key]!r} is not supported (it changes the computation)"
             )
+    unknown = unknown_fields(fields, set(_NEUTRAL))
+    if unknown:
+        given = ", ".join(f"{key} = {fields[key]!r}" for key in unknown)
+        raise ValueError(
+            f"config.json of a {name} model: {given} is not known here and may change the computation; where you are "
+            "sure that it does not, take it out of config.json"
+        )
     if not name.startswith("gemma") and any(fields.get(key) is not None for key in _CAPS):
         raise ValueError(f"config.json of a {name} model: soft caps {_CAPS} belong to Gemma models only")
 

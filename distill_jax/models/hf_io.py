@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} has no {path.name}; expected a Hugging Face model folder")
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -90,7 +90,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 for name, entry in header.items()
             }
             ranges = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged: its header is not a safetensors header ({error!r})"
             ) from None

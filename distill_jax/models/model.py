@@ -29,6 +29,7 @@ from distill_jax.models.spec import ModelSpec
 from distill_jax.text.tokenizers import TokenIds, Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+_MOST_SPARE_ROWS = 1024  # of an embedding that is padded to a round size; published ones have up to 400
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -172,6 +173,13 @@ def load_model(
         tokenizer = tokenizer or load_tokenizer(path)
     if tokenizer is not None and tokenizer.vocab_size != spec.vocab_size:
         # Embeddings are often padded, and a model may write an id of the padding: legal, and no text.
+        spare = spec.vocab_size - tokenizer.vocab_size
+        if spare > max(_MOST_SPARE_ROWS, spec.vocab_size // 20):
+            raise ValueError(
+                f"{path}: the embedding has {spec.vocab_size} rows, but the tokenizer only {tokenizer.vocab_size} "
+                "tokens, and padding does not explain that; they do not belong together: put the model's own tokenizer "
+                "beside its weights"
+            )
         tokenizer = tokenizer.with_vocab_size(spec.vocab_size)
     return Model(spec, params, tokenizer, module, mesh, origin)
 

@@ -59,7 +59,10 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
         return index
 
     generation = _read_json(folder / "generation_config.json")
-    declared = generation.get("eos_token_id")
+    model = _read_json(folder / "config.json")
+    declared = generation.get("eos_token_id", model.get("eos_token_id"))
+    if declared is None:
+        declared = model.get("text_config", {}).get("eos_token_id")
     ours = config.get(_OUR_KEY, {})
     ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
     bos_id = token_id("bos_token", base.bos_id)
@@ -148,7 +151,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
@@ -176,10 +179,10 @@ def _add_declared_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], 
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The default chat template: of the config, or in a file of its own as newer releases have it."""
+    """The default chat template: in a file of its own, which wins as it does in transformers, or of the config."""
     template = config.get("chat_template")
     file = folder / "chat_template.jinja"
-    if template is None and file.is_file():
+    if file.is_file():
         template = file.read_text(encoding="utf-8")
     if isinstance(template, list):
         by_name = {entry.get("name"): entry.get("template") for entry in template}

@@ -269,6 +269,12 @@ def test_what_we_write_transformers_reads_as_the_same_model(name):
     "base, change, named",
     [
         (SMOLLM2_135M, {"attention_bias": True}, "attention_bias"),
+        (
+            SMOLLM2_135M,
+            {"residual_multiplier": 0.2, "clip_qkv": 8},
+            "clip_qkv = 8, residual_multiplier = 0.2 is",
+        ),
+        (QWEN3_8B, {"attn_output_gate": True}, "attn_output_gate"),
         (SMOLLM2_135M, {"mlp_bias": True}, "mlp_bias"),
         (SMOLLM2_135M, {"hidden_act": "relu"}, "relu"),
         (SMOLLM2_135M, {"num_local_experts": 8}, "num_local_experts"),
@@ -299,6 +305,18 @@ def test_what_would_change_the_computation_is_refused_by_name(base, change, name
     spec_from_config(base)
     with pytest.raises(ValueError, match=named):
         spec_from_config(base | change)
+
+
+def test_fields_without_effect_are_passed_over():
+    plain = spec_from_config(SMOLLM2_135M)
+    more = {"transformers.js_config": {"kv_cache_dtype": {}}, "_name_or_path": "x", "pretraining_tp": 1}
+    more |= {
+        "rope_interleaved": False,
+        "attn_output_gate": None,
+        "unsloth_version": "2026.1",
+        "use_cache": True,
+    }
+    assert spec_from_config(SMOLLM2_135M | more) == plain
 
 
 def test_a_spec_that_no_architecture_computes_is_not_written():

@@ -211,6 +211,16 @@ def test_a_header_of_impossible_size_or_content_is_refused(folder):
         load_model(folder)
 
 
+def test_a_header_that_nests_without_end_is_refused(folder):
+    nested = b"[" * 200_000
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(nested)) + nested)
+    with pytest.raises(ValueError, match="its header is not a safetensors header"):
+        load_model(folder)
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_model(folder)
+
+
 def test_missing_unexpected_and_misshapen_weights_are_listed_together(folder):
     path = folder / "model.safetensors"
     tensors = load_file(path)

@@ -107,3 +107,32 @@ def test_special_tokens_without_a_row_are_left_out(folder, tmp_path):
     backend.save(str(other / "tokenizer.json"))
     with pytest.raises(ValueError, match=rf"{rows + 2} tokens.*embedding only {rows} rows.*own tokenizer"):
         load_model(other)
+
+
+def test_a_tokenizer_of_quite_another_size_is_refused(tmp_path):
+    tokenizer = Tokenizer.bytes_tokenizer()
+    spec = dataclasses.replace(load_model(GOLDENS / "llama").spec, vocab_size=tokenizer.vocab_size + 1025)
+    module = Decoder(spec)
+    model = Model(spec, init_params(module, jax.random.key(0)), tokenizer, module)
+    with pytest.raises(ValueError, match=r"1284 rows, but the tokenizer only 259 tokens.*own tokenizer"):
+        load_model(save_model(model, tmp_path / "m"))
+
+
+def test_the_end_that_only_config_json_names(folder):
+    """As transformers does, where generation_config.json and tokenizer_config.json say nothing."""
+    edit(folder / "config.json", eos_token_id=[65, 66])
+    (folder / "generation_config.json").unlink()
+    ours = json.loads((folder / "tokenizer_config.json").read_text())
+    del ours["distill_jax"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(ours))
+    assert {65, 66} <= set(load_model(folder).tokenizer.eos_ids)
+    edit(folder / "config.json", eos_token_id=70_000)
+    with pytest.raises(ValueError, match=r"special token ids \[70000\].*outside its vocabulary"):
+        load_model(folder)
+
+
+def test_a_template_in_a_file_of_its_own_wins(folder):
+    edit(folder / "tokenizer_config.json", chat_template="old")
+    assert load_model(folder).tokenizer.chat_template == "old"
+    (folder / "chat_template.jinja").write_text("new")
+    assert load_model(folder).tokenizer.chat_template == "new"
