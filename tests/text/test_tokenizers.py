@@ -321,7 +321,7 @@ def test_spare_rows_of_an_embedding_are_ids_without_text():
     assert padded.decode([*ids, 639]) == "text"
     np.testing.assert_array_equal(padded.special_mask([0, 100, 600, 639]), [True, False, True, True])
     assert padded.id_to_token(639) is None and padded.token_to_id("<eos>") == 2
-    with pytest.raises(ValueError, match="vocab_size 599 is smaller than the 600 ids"):
+    with pytest.raises(ValueError, match=r"has 600 tokens, but the model.s embedding only 599 rows"):
         tokenizer.with_vocab_size(599)
 
 
