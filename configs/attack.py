@@ -16,7 +16,6 @@ The command ends with an error when a positive control fails: then no number of 
 
 from ml_collections import config_dict
 
-from distill_jax.pipeline.attack_settings import AttackSuite
 from distill_jax.pipeline.config_files import neighbour_config
 from distill_jax.pipeline.dial_settings import DialConfig
 from distill_jax.pipeline.settings import to_config
@@ -28,5 +27,4 @@ def get_config(arg: str = "tiny") -> config_dict.ConfigDict:
     config.stages = ("prepare", "report")  # the suite runs between them, because `attacks` is set
     config.attacks = "tier1"
     config.probes, config.dial = "none", to_config(DialConfig())  # their students come from a finished run
-    config.attack_suite = to_config(AttackSuite())
     return config

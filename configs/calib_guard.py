@@ -297,6 +297,8 @@ def _data_task(config: config_dict.ConfigDict, task: str) -> None:
         options[name] = config_dict.create(**{key: config_dict.placeholder(str) for key in keys})
     if task == "math_text":
         options.answer_mark = config_dict.placeholder(str)
+    if task == "multiple_choice":  # where the probes and the attacks find the answer of a completion
+        config.probe_suite.answer_mark = config.attack_suite.answer_mark = "Answer:"
     if task == "instructions":
         options.update(reward_model="", centre=0.0, spread=1.0)
         config.calibration.correct_at = 0.5  # of a score that the reward model gives, squashed to 0 to 1

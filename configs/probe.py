@@ -79,5 +79,9 @@ def _gemma3_270m(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     config.distillation.training.optimizer.warmup_steps = 2
     config.distillation.training.checkpoint_every = 0
     config.evaluation.batch = 16
-    config.probe_suite = to_config(ProbeSuite(problems=8, samples=2, distil=True, batch_size=8))
+    config.probe_suite = to_config(
+        ProbeSuite(
+            problems=8, samples=2, distil=True, batch_size=8, answer_mark=config.probe_suite.answer_mark
+        )
+    )
     return config

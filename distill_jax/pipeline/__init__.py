@@ -35,6 +35,7 @@ from distill_jax.pipeline.settings import STAGES, Settings, apply_modes, from_co
 from distill_jax.pipeline.study import study, study_settings
 from distill_jax.pipeline.workdir import is_done, open_workdir, plain_config, stage_clock
 from distill_jax.report import Setting, summarise, summary_table, write_report, write_summary
+from distill_jax.report.answer import only_probes
 from distill_jax.report.attack_summary import summarise_attacks
 from distill_jax.report.attack_table import attack_text
 from distill_jax.report.dial_summary import summarise_dial
@@ -152,7 +153,7 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
     write_summary(folder, summary)
     page = write_report(folder, summary)
     # Probes alone ask nobody the test problems: an empty table would hide their answer.
-    if "diagnosis" not in summary or _has_accuracies(summary):
+    if not only_probes(summary):
         print(summary_table(summary))
     if "diagnosis" in summary:
         print(diagnosis_text(summary["diagnosis"]))
@@ -170,12 +171,6 @@ def _report(settings: Settings, folder: Path, effective_config: dict[str, Any]) 
             f"trusted; see {page}"
         )
     return summary
-
-
-def _has_accuracies(summary: dict[str, Any]) -> bool:
-    """Whether any teacher or student has answered the test problems."""
-    arms = summary["arms"].values()
-    return any(arm["students"] or any(name.startswith("accuracy") for name in arm["teacher"]) for arm in arms)
 
 
 def _setting(settings: Settings, folder: Path) -> Setting:

@@ -22,6 +22,7 @@ from distill_jax.pipeline.settings import Settings
 from distill_jax.probes.self_correction import continue_after, force_wrong_step
 from distill_jax.probes.subjects import Subject
 from distill_jax.probes.texts import Texts, answer_starts_after, from_rollouts
+from distill_jax.rewards.answer_part import before_stop
 from distill_jax.tasks.base import Problem, Task
 
 _PROBE = 11  # purpose of random numbers
@@ -102,14 +103,16 @@ class Bench:
             scale=subject.multiplier,
             batch_size=max(1, min(len(questions), settings.evaluation.batch // samples)),
         )
-        starts = answer_starts_after(rollouts.texts, suite.answer_mark)
+        answers, starts = read_answers(
+            rollouts.texts, suite.answer_mark, getattr(self.task, "stop_texts", ())
+        )
         return from_rollouts(
             questions,
             rollouts,
             correct=self._judge(
                 [p for p in self.problems for _ in range(samples)], rollouts.texts, rollouts.ended
             ),
-            answers=[_answer(text, start) for text, start in zip(rollouts.texts, starts, strict=True)],
+            answers=answers,
             answer_starts=starts,
         )
 
@@ -152,6 +155,17 @@ def make_bench(settings: Settings, mesh: Mesh) -> Bench:
     return Bench(settings, task, tuple(problems))
 
 
-def _answer(text: str, start: int) -> str | None:
-    """The answer that begins at this byte; None without one."""
-    return text.encode()[start:].decode(errors="replace").strip() if start >= 0 else None
+def read_answers(
+    texts: Sequence[str], mark: str, stop_texts: Sequence[str]
+) -> tuple[list[str | None], np.ndarray]:
+    """(final answers, i64[N] the bytes where they begin); None and -1 where there is none.
+
+    What a model that does not end writes behind a stop text is no answer: the task does not read it either.
+    """
+    answered = [before_stop(text, stop_texts) for text in texts]
+    starts = answer_starts_after(answered, mark)
+    answers = [
+        text.encode()[start:].decode(errors="replace").strip() if start >= 0 else None
+        for text, start in zip(answered, starts, strict=True)
+    ]
+    return answers, starts

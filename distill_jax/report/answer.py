@@ -115,8 +115,41 @@ def _budgets(claims: list[dict[str, Any]], setting: Setting) -> list[str]:
     return sentences
 
 
+def has_accuracies(summary: Mapping[str, Any]) -> bool:
+    """Whether any teacher or student has answered the test problems."""
+    arms = summary["arms"].values()
+    return any(arm["students"] or any(name.startswith("accuracy") for name in arm["teacher"]) for arm in arms)
+
+
+def only_probes(summary: Mapping[str, Any]) -> bool:
+    """Whether the run asked nothing but what the probes measure: it has a diagnosis, and no claims to judge."""
+    return "diagnosis" in summary and not has_accuracies(summary)
+
+
+def _traps(summary: Mapping[str, Any]) -> Answer:
+    """What the probes found, for a run that did nothing else."""
+    sentences, verdicts = [], set()
+    for arm, kinds in summary["diagnosis"].items():
+        for kind, findings in kinds.items():
+            shown = {
+                verdict: [f["name"].replace("_", " ") for f in findings if f["verdict"] == verdict]
+                for verdict in ("found", "suspected")
+            }
+            verdicts |= {verdict for verdict, names in shown.items() if names}
+            parts = [f"{verdict}: {words.enumeration(names)}" for verdict, names in shown.items() if names]
+            finding = "; ".join(parts) or "no trap found or suspected"
+            sentences.append(f"{kind} students of the {arm} teacher: {finding}.")
+    if "found" in verdicts:
+        return Answer("The probes found traps between this teacher and this student", "bad", sentences)
+    if verdicts:
+        return Answer("The probes suspect traps, on too few problems to be sure", "mixed", sentences)
+    return Answer("The probes found no trap between this teacher and this student", "good", sentences)
+
+
 def answer(summary: Mapping[str, Any]) -> Answer:
     """The answer of a run from its summary; says so where results are missing."""
+    if only_probes(summary):
+        return _traps(summary)
     claims, setting = summary["claims"], _setting(summary)
     easier = group_status(claims, "students_beat_gold", "students_beat_original")
     guard = group_status(claims, "guard_at_1x")

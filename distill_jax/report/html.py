@@ -13,7 +13,7 @@ import jinja2
 import markupsafe
 
 from distill_jax.report import dial_table, probe_table, study_table, words
-from distill_jax.report.answer import answer
+from distill_jax.report.answer import answer, only_probes
 from distill_jax.report.attack_table import page_view
 from distill_jax.report.coloured import Piece, Span, full_tint, legend, pieces, read_spans
 from distill_jax.report.records import ARMS, read_metrics, read_rollouts, write_bytes
@@ -184,7 +184,11 @@ def render_html(
         answer=answer(summary),
         claims=claims,
         held=sum(claim["holds"] for claim in claims),
-        missing=summary["missing"],
+        judged=not only_probes(summary),
+        # A run of probes alone misses nothing of what it never set out to do.
+        missing=[
+            line for line in summary["missing"] if not only_probes(summary) or line.startswith("probe ")
+        ],
         headers=headers,
         rows=rows,
         figures=figures,

@@ -19,4 +19,10 @@ def answer_part(completion: str, stop_texts: Sequence[str] = ()) -> str:
     text = completion.rpartition(_THOUGHT)[2].lstrip()
     if _THINKING in text:
         text = text.partition(_THINKING)[0]
-    return text[: min((text.find(stop) for stop in stop_texts if stop in text), default=None)]
+    return before_stop(text, stop_texts)
+
+
+def before_stop(text: str, stop_texts: Sequence[str]) -> str:
+    """`text` up to the first stop text; one in the leading white space ends nothing."""
+    blank = len(text) - len(text.lstrip())
+    return text[: min((found for stop in stop_texts if (found := text.find(stop, blank)) >= 0), default=None)]

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.data.sources import Row
+from distill_jax.rewards.answer_part import before_stop
 from distill_jax.rewards.reward_model import RewardModel, check_source
 from distill_jax.tasks.base import Problem
 from distill_jax.tasks.rows import Asked, RowTask, column
@@ -71,7 +72,7 @@ class Instructions(RowTask):
         check_source(reward_model)
         self._source, self._dtype, self._batch_size = reward_model, dtype, batch_size
         self._sizes, self._centre, self._spread = tuple(sizes), centre, spread
-        self._require_end, self._stop_texts = require_end, tuple(stop_texts)
+        self._require_end, self.stop_texts = require_end, tuple(stop_texts)
         self._mesh: Mesh | None = None
         self._loading = threading.Lock()
         self._model: RewardModel | None = None
@@ -118,7 +119,4 @@ class Instructions(RowTask):
         ]
 
     def _cut(self, completion: str) -> str:
-        text = completion.lstrip()
-        return text[
-            : min((text.find(stop) for stop in self._stop_texts if stop in text), default=None)
-        ].strip()
+        return before_stop(completion.lstrip(), self.stop_texts).strip()

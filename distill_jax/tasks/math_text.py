@@ -57,7 +57,7 @@ class MathText(RowTask):
         seconds: float = 5.0,
         workers: int = 2,
     ) -> None:
-        self._answer_mark = answer_mark
+        self._answer_mark, self.stop_texts = answer_mark, tuple(stop_texts)
         self._require_end = require_end
         self._verifier = MathVerifier(seconds, workers, stop_texts)
         super().__init__(path, dataset, columns, splits, pool, shots, instruction, max_prompt_bytes, data_dir)

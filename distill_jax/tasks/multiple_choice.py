@@ -50,7 +50,7 @@ class MultipleChoice(RowTask):
         require_end: bool = False,
         stop_texts: Sequence[str] = STOP_TEXTS,
     ) -> None:
-        self._require_end, self._stop_texts = require_end, tuple(stop_texts)
+        self._require_end, self.stop_texts = require_end, tuple(stop_texts)
         super().__init__(path, dataset, columns, splits, pool, shots, instruction, max_prompt_bytes, data_dir)
 
     def _read(self, row: Row, where: str) -> Asked:
@@ -97,5 +97,5 @@ class MultipleChoice(RowTask):
         """1 when the completion chose the right option, else 0."""
         if self._require_end and not ended:
             return 0.0
-        chosen = extract_choice(completion, problem.metadata["options"], self._stop_texts)
+        chosen = extract_choice(completion, problem.metadata["options"], self.stop_texts)
         return float(chosen == problem.metadata["right"])

@@ -179,7 +179,7 @@ class ReasoningGym:
         self.failures = 0
         self._config = dataset_config
         self._instruction = instruction
-        self._stop_texts = tuple(stop_texts)
+        self.stop_texts = tuple(stop_texts)
         self._require_end = require_end
         self._limits = (float(seconds), workers)
         self._scorer = self._entries(seed=0)
@@ -224,7 +224,7 @@ class ReasoningGym:
         calls: dict[int, dict[str, Any]] = {}
         for row, (problem, completion, end) in enumerate(zip(problems, completions, ended, strict=True)):
             entry = problem.metadata["entry"]
-            answer = extract_answer(completion, entry["answer"], self._stop_texts)
+            answer = extract_answer(completion, entry["answer"], self.stop_texts)
             if answer is not None and (end or not self._require_end):
                 config = {"seed": 0, "size": _CHUNK, **self._config}
                 calls[row] = {"dataset": self.dataset, "config": config, "entry": entry, "answer": answer}
@@ -271,7 +271,7 @@ class ReasoningGym:
         if entry["answer"] is None:
             return _Worked(entry, gold="")
         for gold in _gold_completions(entry):
-            answer = extract_answer(gold, entry["answer"], self._stop_texts)
+            answer = extract_answer(gold, entry["answer"], self.stop_texts)
             if answer is not None and self._scorer.score_answer(answer, entry) == 1:
                 return _Worked(entry, gold)
         return None

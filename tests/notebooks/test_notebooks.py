@@ -121,6 +121,17 @@ def test_it_fails_early_where_something_is_missing(tmp_path: Path, monkeypatch: 
         exec(compile(source, "first cell", "exec"), {})
 
 
+def test_a_checkout_beside_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Colab: the session is in another folder, and a restart has forgotten every path."""
+    source = code_cells(committed("quickstart"))[0].source
+    (tmp_path / "distill_jax").symlink_to(ROOT, target_is_directory=True)
+    monkeypatch.delitem(sys.modules, "tiny_pair", raising=False)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("notebooks")])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "first cell", "exec"), {})
+    assert sys.path[0] == str(tmp_path / "distill_jax" / "notebooks")
+
+
 def test_they_begin_alike() -> None:
     first, second = ({code_cells(committed(name))[i].source for name in NAMES} for i in (0, 1))
     assert len(first) == len(second) == 1 and "jax.devices()" in first.pop()

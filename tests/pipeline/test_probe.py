@@ -47,6 +47,25 @@ def test_every_arm_has_every_probe(probed):
     assert summary["arms"]["control"]["probes"] == {}
 
 
+def test_an_answer_ends_where_the_task_stops_reading():
+    """The last mark would be the one of a question that the model asked itself."""
+    texts = ["4 + 3\n#### 7", "\n\n4 + 3\n####  7\n\nQuestion: 4 + 4\n#### 8", "4 + 3", "#### \n\n7"]
+    answers, starts = probe_texts.read_answers(texts, "####", ("\n\n", "\nQuestion:"))
+    assert answers == ["7", "7", None, None]
+    assert starts.tolist() == [11, 14, -1, -1]
+    assert probe_texts.read_answers(["So\nAnswer: B\nQuestion: x"], "Answer:", ("\nQuestion:",))[0] == ["B"]
+
+
+@pytest.mark.parametrize("name", ["calib_guard", "probe", "attack"])
+def test_choices_are_found_behind_their_own_mark(name):
+    place = importlib.util.spec_from_file_location("any_config", ROOT / "configs" / f"{name}.py")
+    assert place is not None and place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    config = module.get_config("gemma3_270m,multiple_choice")
+    assert config.probe_suite.answer_mark == config.attack_suite.answer_mark == "Answer:"
+
+
 def test_a_student_that_never_answers_right_is_said_in_words(probed, tmp_path, monkeypatch):
     """What needs right answers is undefined, not NaN, and the diagnosis says why."""
     workdir = tmp_path / "run"

@@ -94,3 +94,18 @@ def test_page_with_and_without_probes(probed, working, tmp_path):
     assert (tmp_path / "report" / "plots" / "probe_byte_gap.csv").exists()
     assert '<h2 id="probes">' not in write_report(tmp_path, working[1]).read_text()
     assert page_view(working[1]) is None and probed_kinds(working[1]) == []
+
+
+def test_a_run_of_probes_alone_begins_with_what_they_found(probed, tmp_path):
+    arms = {arm: {**part, "teacher": {}, "students": {}} for arm, part in probed["arms"].items()}
+    missing = ["teacher of control: not evaluated", "probe gap of byte students of original: no pairs"]
+    summary = {**probed, "arms": arms, "claims": [], "missing": missing, "recovered": {}}
+    page = write_report(tmp_path, summary).read_text()
+    assert "<h1>The probes found traps between this teacher and this student</h1>" in page
+    assert "byte students of the original teacher: found: wrong traces." in page
+    assert "no pairs" in page and "not evaluated" not in page
+    for absent in ("claims", "accuracy", "knob", "budget"):
+        assert (
+            f'<h2 id="{absent}">' not in page
+            and f'<h2 id="{absent}">' in write_report(tmp_path, probed).read_text()
+        )
