@@ -218,6 +218,7 @@ def _tiny(config: config_dict.ConfigDict) -> dict[str, Any]:
         "evaluation.batch": 64,
         "probe_suite.problems": 16,
         "probe_suite.samples": 2,
+        "attack_suite.search_problems": 32,
         "dial.scales": (-1.0, 0.0, 1.0),
         "dial.weights": (0.0, 1.0),
         "dial.samples": 64,
@@ -280,6 +281,7 @@ _SMOKE = {
     "distillation.training.batch_size": 4,
     "evaluation.problems": 32,
     "evaluation.batch": 32,
+    "attack_suite.search_problems": 16,
 }
 
 

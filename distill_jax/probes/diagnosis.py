@@ -69,6 +69,28 @@ class Rule:
 # Top-k overlap is about common support only where k is a small share of the outcomes: 16 of 800, not 16 of 258 bytes.
 SMALL_SHARE = 0.02
 
+# The effective part of N texts is at least 1 / N: of a few texts it cannot be small, and says nothing.
+FEWEST_TEXTS = 40
+
+
+def _of_enough_texts(effective: Value) -> Value | None:
+    return effective if effective.n >= FEWEST_TEXTS else None
+
+
+def _unless_improved(result: Any) -> Value | None:
+    """The change of the confidence in wrong answers; None where the student clearly answers better than before.
+
+    The trap is confidence that rises while accuracy does not: of a better student, the wrong answers that are left are
+    others.
+    """
+    better = result.accuracy.get("change")
+    if better is not None and better.ci95[0] is not None and better.ci95[0] > 0.0:
+        return None
+    return result.confidence_wrong.get("change")
+
+
+# "miscalibrated" is not asked of self-consistency: the share of a few other samples is a noisy confidence, and noise
+# alone makes an error of calibration (four samples of a calibrated student that gives one of two answers at .7: .18).
 RULES: tuple[Rule, ...] = (
     Rule(
         "tail_noise", "tail_noise", lambda r: r.forward_tail["64"], 0.5, True,
@@ -96,7 +118,7 @@ RULES: tuple[Rule, ...] = (
         "errors do not build up along a text",
     ),
     Rule(
-        "off_policy", "few_texts_carry_weight", lambda r: r.effective_sample_size, 0.1, False,
+        "off_policy", "few_texts_carry_weight", lambda r: _of_enough_texts(r.effective_sample_size), 0.1, False,
         "the teacher's texts are worth {value} of their number to the student",
         "expect a noisy signal from the teacher's texts; begin with the ones that the student finds likely",
         "the teacher's texts overlap with what the student writes",
@@ -118,13 +140,14 @@ RULES: tuple[Rule, ...] = (
         percent=True,
     ),
     Rule(
-        "overconfidence", "confident_errors", lambda r: r.confidence_wrong.get("change"), 0.02, True,
+        "overconfidence", "confident_errors", _unless_improved, 0.02, True,
         "distilling changed the confidence on wrong answers by {value}",
         "soften the targets, or mix in verified texts; do not trust the student's probabilities",
         "the student did not become more confident in its mistakes",
     ),
     Rule(
-        "overconfidence", "miscalibrated", lambda r: r.expected_calibration_error["after"], 0.1, True,
+        "overconfidence", "miscalibrated",
+        lambda r: r.expected_calibration_error["after"] if r.confidence != "self_consistency" else None, 0.1, True,
         "the student's confidence is off by {value} on average",
         "calibrate its temperature before using its probabilities",
         "the student's confidence fits its accuracy",

@@ -49,6 +49,12 @@ class Texts:
         set_ = object.__setattr__  # frozen: columns are normalised once, here
         set_(self, "questions", tuple(self.questions))
         set_(self, "completions", tuple(self.completions))
+        if self.correct is not None and not np.isin(verdicts := np.asarray(self.correct), (0, 1)).all():
+            wrong = verdicts[~np.isin(verdicts, (0, 1))][0]
+            raise ValueError(
+                f"texts.correct holds {wrong!r}; expected a verdict of 0 or 1 (or False, True) a row: compare a reward "
+                "with what counts as right first"
+            )
         for name, kind in (("ended", bool), ("correct", bool), ("answer_starts", np.int64)):
             column = getattr(self, name)
             set_(self, name, None if column is None else np.asarray(column).astype(kind))

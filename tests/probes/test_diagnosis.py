@@ -98,6 +98,8 @@ def test_each_rule_is_found_beyond_its_threshold(rule: Any) -> None:
         changes = {}
         for field in dataclasses.fields(result):
             value = getattr(result, field.name)
+            if field.name == "accuracy":  # a student that clearly answers better is not judged by all rules
+                continue
             if isinstance(value, Value):
                 changes[field.name] = bad
             elif isinstance(value, dict):
@@ -122,6 +124,32 @@ def test_rules_about_a_base_are_left_out_without_one() -> None:
         healthy()[4], repair_rate={"student": near(0.5)}, repair_relative=undefined()
     )
     assert {f.name for f in diagnose([alone, unrepaired])} == {"miscalibrated"}
+
+
+def names_of(result: Any) -> set[str]:
+    return {finding.name for finding in diagnose([result])}
+
+
+def test_few_texts_say_nothing_of_their_effective_part() -> None:
+    """Of 39 texts the effective part is at least 1 / 39, whatever the models are."""
+    for n, asked in ((39, False), (40, True)):
+        result = dataclasses.replace(healthy()[1], effective_sample_size=Value(0.05, (0.03, 0.07), n))
+        assert ("few_texts_carry_weight" in names_of(result)) is asked
+
+
+def test_confidence_of_a_better_student_is_no_trap() -> None:
+    risen = {**AFTER, "change": near(0.3)}
+    for change, asked in ((near(0.2), False), (near(0.005), True), (near(-0.2), True)):
+        result = dataclasses.replace(
+            healthy()[3], confidence_wrong=risen, accuracy={**AFTER, "change": change}
+        )
+        assert ("confident_errors" in names_of(result)) is asked
+
+
+def test_self_consistency_is_too_noisy_to_call_a_student_miscalibrated() -> None:
+    off = dataclasses.replace(healthy()[3], expected_calibration_error={**AFTER, "after": near(0.18)})
+    assert "miscalibrated" in names_of(off)
+    assert "miscalibrated" not in names_of(dataclasses.replace(off, confidence="self_consistency"))
 
 
 def test_support_is_judged_only_where_k_is_a_small_share_of_the_outcomes() -> None:

@@ -46,3 +46,10 @@ def test_refuses_columns_that_do_not_fit() -> None:
         Texts("ab", ("", ""), [True, True])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"such as 'x', only in the student's texts.*one task"):
         TextPair(Texts(("a",), ("",), [True]), Texts(("a", "x"), ("", ""), [True, True]))
+
+
+@pytest.mark.parametrize("verdicts", [[0.3], [float("nan")], [2]])
+def test_a_reward_is_no_verdict(verdicts: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"texts\.correct holds .*; expected a verdict of 0 or 1"):
+        Texts(("q",), ("c",), [True], correct=np.array(verdicts))
+    assert Texts(("q",), ("c",), [True], correct=np.array([1.0])).correct is not None
