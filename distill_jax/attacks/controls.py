@@ -158,11 +158,16 @@ def grid(control: Control, attack: Attack, size: str) -> tuple[Knob, ...]:
 
     One that is expected to defeat every attack is spared working that the student wrote itself: a student may get
     better at what it can do already by learning from its own finished texts, whatever the teacher says.
+
+    One that spoils texts is to be read through these texts. A student that writes all texts itself never meets them,
+    and the distributions are the clean teacher's: a recovered gap of 1, whatever the attack can do.
     """
     knobs = attack.grid(size)
-    if control.expect != "fail":
-        return knobs
-    return tuple(knob for knob in knobs if knob.select.get("working") != "own")
+    if control.expect == "fail":
+        return tuple(knob for knob in knobs if knob.select.get("working") != "own")
+    if control.corrupt is swap_words:
+        return tuple(knob for knob in knobs if attack.recipe_of(knob).options.get("student_share") != 1.0)
+    return knobs
 
 
 ARMS = {control.arm: control for control in CONTROLS if control.arm}

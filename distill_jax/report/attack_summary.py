@@ -175,7 +175,8 @@ def _worst_cases(results: AttackResults, kind: str, arm: str, draw: dict[str, An
         worst.append(
             {
                 "access": access,
-                "attacks": tried,
+                "attacks": [attack for attack in tried if attack in gaps],
+                "not_comparable": [attack for attack in tried if attack not in gaps],
                 "attack": chosen,
                 "knob": cell.knob,
                 "queries": max(results.cells[arm, attack, kind].queries for attack in tried),
@@ -250,10 +251,18 @@ def _headline(
     queries, steps = round(summary["samples"] * level["queries"]), round(summary["steps"] * level["steps"])
     proof = summary["proofs"][kind][level["access"]]
     provisional = "" if proof["proven"] else "Not validated by the positive controls: "
+    # No denominator, no recovered gap: such an attack may gain here, and must not be read as one that was beaten.
+    left_out = level["not_comparable"]
+    beside = (
+        f" Tried but not compared, for the clean teacher's students gain nothing clear by it: "
+        f"{words.enumeration(left_out)}."
+        if left_out
+        else ""
+    )
     return (
         f"{provisional}under {level['access']} access, a budget of up to {queries:,} texts and {steps:,} training "
         f"steps for each attack (knob search and the student's own texts that the teacher scores included) and attacks "
         f"{words.enumeration(level['attacks'])}, the worst-case recovered gap of {kind} students of "
         f"the teacher '{words.ARM_TITLES.get(arm, arm)}' is {value} (95 % interval {words.interval(gap['ci95'])}; "
-        f"{level['attack']} {level['knob']}, chosen on validation problems) at {kept}."
+        f"{level['attack']} {level['knob']}, chosen on validation problems) at {kept}.{beside}"
     )

@@ -207,8 +207,8 @@ def cost_sentences(attacks: Mapping[str, Any]) -> list[str]:
                 )
             elif cost["at_least"] is not None:
                 sentences.append(
-                    f"{who} do not reach {score} within the budgets tried: more than {cost['at_least']:.2g} times the "
-                    "steps of the clean teacher's."
+                    f"{who} do not reach {score} within the budgets that all seeds had: more than "
+                    f"{cost['at_least']:.2g} times the steps of the clean teacher's."
                 )
     return sentences
 
@@ -228,7 +228,7 @@ def attack_text(attacks: Mapping[str, Any]) -> str:
             *_columns(*detail_rows(attacks, kind)),
         ]
     headers, rows = worst_rows(attacks)
-    if rows:
+    if rows and attacks["headlines"]:  # under a failed control there is no worst case to speak of
         lines += ["", "Worst case of each access, chosen on validation problems", *_columns(headers, rows)]
     lines += ["", *(f"  {_capital(sentence)}" for sentence in attacks["headlines"])]
     lines += [

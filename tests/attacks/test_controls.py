@@ -92,4 +92,7 @@ def test_who_is_run_against_what():
     # Nor does a student learn from working of its own there.
     assert [knob.name for knob in grid(by_id["P3"], ATTACKS["A5"], "short")] == ["no-working"]
     assert grid(by_id["P1"], ATTACKS["A5"], "short") == ATTACKS["A5"].grid("short")
+    # A student that writes every text never meets the spoiled ones.
+    assert [knob.name for knob in grid(by_id["P2"], ATTACKS["A8"], "short")] == ["beta=0-lambda=0.5"]
+    assert all(grid(by_id["P2"], ATTACKS[name], "short") for name in by_id["P2"].attacks)
     assert all(grid(by_id["P3"], ATTACKS[name], "full") for name in run["P3"])

@@ -190,6 +190,7 @@ def test_a_failed_control_makes_the_evaluation_invalid(tmp_path, rates, failed):
     assert verdicts == ({failed} if failed else set())
     assert (attacks["verdict"] == "invalid") == bool(failed)
     assert bool(attacks["headlines"]) != bool(failed)
+    assert ("Worst case of each access" in attack_text(attacks)) != bool(failed)
 
 
 def test_more_access_that_is_worse_on_test_problems_is_not_monotone(tmp_path):
@@ -250,7 +251,11 @@ def test_an_attack_that_hardly_works_on_the_clean_teacher_is_no_worst_case(tmp_p
     rates = {"clean": CLEAN | {"A5": 0.24}, "guarded": GUARDED | {"A5": 0.24}, "sham": {"A3": 0.8}}
     attacks = judged(tmp_path, **rates)
     level = attacks["worst_case"][KIND]["undistillable"][0]
-    assert (level["access"], level["attack"]) == ("text", "A3") and "A5" in level["attacks"]
+    assert (level["access"], level["attack"]) == ("text", "A3")
+    assert "A5" not in level["attacks"] and level["not_comparable"] == ["A5"]
+    (headline,) = [line for line in attacks["headlines"] if "'undistillable" in line and "under text" in line]
+    assert "attacks A1, A2 and A3, the worst-case" in headline
+    assert headline.endswith("the clean teacher's students gain nothing clear by it: A5.")
 
 
 @pytest.mark.parametrize("broken", [False, True])
