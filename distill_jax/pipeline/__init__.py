@@ -21,7 +21,7 @@ from ml_collections import config_dict
 from distill_jax.checkpoint import read_json
 from distill_jax.mesh import make_mesh
 from distill_jax.pipeline.arms import calibrate_arms, make_task
-from distill_jax.pipeline.attack import attack
+from distill_jax.pipeline.attack import attack, check_suite
 from distill_jax.pipeline.checks import check_start
 from distill_jax.pipeline.coloured_rollouts import colour_rollouts
 from distill_jax.pipeline.dial import dial, dial_settings
@@ -68,6 +68,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path | None = None) -> di
     for term in settings.calibration.rewards:
         term.check_source()
     chosen(settings)
+    if settings.attacks:
+        check_suite(settings)
     if settings.dial.arm:
         dial_settings(settings)
     if settings.study is not None:

@@ -44,7 +44,7 @@ from distill_jax.pipeline.evaluate import (
     teacher_answers,
     test_problems,
 )
-from distill_jax.pipeline.prepare import STUDENT, load_role
+from distill_jax.pipeline.prepare import STUDENT, check_source, load_role
 from distill_jax.pipeline.settings import Settings
 from distill_jax.pipeline.workdir import read_rows, write_rows
 
@@ -52,19 +52,40 @@ from distill_jax.pipeline.workdir import read_rows, write_rows
 _FIXED = ("grid", "clean", "search_problems", "answer_mark", "rewriter")
 
 
-def attack(settings: Settings, mesh: Mesh, workdir: Path) -> None:
-    """Runs the cells that are not finished.
+def check_suite(settings: Settings) -> None:
+    """Refuses, before anything is trained, a suite that could not run after it.
 
     Raises:
-      ValueError: arms or kinds of student that do not exist, or cells of another suite in the same workdir.
+      ValueError: kinds of student or arms that the run does not have.
+      FileNotFoundError: a model of the suite that is not there.
     """
-    bench = make_bench(settings, mesh, workdir)
-    kinds = settings.attack_suite.kinds or tuple(settings.students)
-    unknown = sorted(set(kinds) - set(settings.students))
+    suite = settings.attack_suite
+    unknown = sorted(set(suite.kinds) - set(settings.students))
     if unknown:
         raise ValueError(
             f"attack_suite.kinds names {unknown}; the run's students are {list(settings.students)}"
         )
+    folders = suite.model_folders()
+    known = [*settings.arms, *folders]
+    unknown = sorted(set((*suite.arms, suite.clean)) - set(known))
+    if unknown:
+        raise ValueError(
+            f"attack_suite names the arms {unknown}, but the run has {known}; give it the arm, or a folder as "
+            "attack_suite.folders=NAME=FOLDER"
+        )
+    for name, source in {**folders, "rewriter": suite.rewriter}.items():
+        if source:
+            check_source(f"attack_suite, {name}", source)
+
+
+def attack(settings: Settings, mesh: Mesh, workdir: Path) -> None:
+    """Runs the cells that are not finished.
+
+    Raises:
+      ValueError: arms that have not been calibrated, or cells of another suite in the same workdir.
+    """
+    bench = make_bench(settings, mesh, workdir)
+    kinds = settings.attack_suite.kinds or tuple(settings.students)
     arms = bench.teachers.names()
     suite = _open_suite(settings, workdir, arms, kinds)
     _evaluate_teachers(bench, arms)

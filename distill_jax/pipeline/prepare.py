@@ -100,7 +100,8 @@ def check_sources(settings: Settings) -> None:
     roles = all_roles(settings)
     for name, role in roles.items():
         check_weights(role.weights)
-        _check_source(name, role)
+        if role.source != "train":
+            check_source(name, role.source)
     if settings.task != "chain_arithmetic" and any(role.source == "train" for role in roles.values()):
         raise ValueError(
             f"models with source='train' are trained on the corpus of chain_arithmetic, but task.name is "
@@ -108,19 +109,24 @@ def check_sources(settings: Settings) -> None:
         )
 
 
-def _check_source(name: str, role: Role) -> None:
-    if role.source == "train" or Path(role.source).expanduser().exists():
+def check_source(name: str, source: str) -> None:
+    """Checks that `load_model` can find the weights of `name`.
+
+    Raises:
+      FileNotFoundError: they are not there; says what to give. ValueError: no name of a model on the hub.
+    """
+    if Path(source).expanduser().exists():
         return
-    if role.source not in PACKAGE_MODELS and not is_hub_name(role.source):
+    if source not in PACKAGE_MODELS and not is_hub_name(source):
         raise FileNotFoundError(
-            f"{name}: no model at {role.source!r}; expected a Hugging Face folder, a .gguf file, "
+            f"{name}: no model at {source!r}; expected a Hugging Face folder, a .gguf file, "
             f"{PREFIX}ORGANISATION/NAME, or one of the names {sorted(PACKAGE_MODELS)}"
         )
     try:
-        if is_hub_name(role.source):
-            check_hub_name(role.source)
+        if is_hub_name(source):
+            check_hub_name(source)
         else:
-            find_package_model(role.source)
+            find_package_model(source)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 

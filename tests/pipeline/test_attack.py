@@ -253,6 +253,25 @@ def test_what_the_suite_refuses(finished, suite, message):
         pipeline.run(attacking(suite=dataclasses.replace(SUITE, **suite)), finished[0])
 
 
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        (
+            {"arms": ("mine",)},
+            r"names the arms \['mine'\], but the run has \['original', 'control', 'distillable'\]",
+        ),
+        ({"clean": "cleaner"}, r"names the arms \['cleaner'\]"),
+        ({"kinds": ("words",)}, r"kinds names \['words'\]"),
+        ({"folders": "mine=not/there"}, r"attack_suite, mine: no model at 'not/there'"),
+        ({"rewriter": "not/there"}, r"attack_suite, rewriter: no model at 'not/there'"),
+    ],
+)
+def test_a_suite_that_cannot_run_is_refused_before_anything_is_trained(tmp_path, suite, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run(attacking(suite=dataclasses.replace(SUITE, **suite)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_any_model_folder_is_an_arm(finished, tmp_path):
     """The original teacher's own folder under another name: the same texts, the same students."""
     workdir = tmp_path / "run"
