@@ -81,7 +81,12 @@ def _gemma3_270m(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     config.evaluation.batch = 16
     config.probe_suite = to_config(
         ProbeSuite(
-            problems=8, samples=2, distil=True, batch_size=8, answer_mark=config.probe_suite.answer_mark
+            problems=8,
+            samples=2,
+            distil=True,
+            batch_size=8,
+            frequent=5,
+            answer_mark=config.probe_suite.answer_mark,
         )
     )
     return config
